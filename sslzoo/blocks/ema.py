@@ -1,0 +1,37 @@
+"""The trailing copy that momentum methods learn from."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA(nn.Module):
+    """Frozen exponential moving average of its students, run one after the other.
+
+    Parameters only: the copy's BatchNorm keeps the statistics of its own forward passes, as in the official code
+    of MoCo, BYOL and DINO.
+
+    Args:
+        students: modules to follow, e.g. an encoder and a projector; copied as they are now.
+    """
+
+    def __init__(self, *students: nn.Module):
+        super().__init__()
+        self.copies = nn.ModuleList(deepcopy(student) for student in students).requires_grad_(False)
+        self._followed: tuple[nn.Module, ...] = ()
+        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for copy in self.copies:
+            x = copy(x)
+        return x
+
+    @torch.no_grad()
+    def update(self, *students: nn.Module, momentum: float) -> None:
+        """``copy <- momentum * copy + (1 - momentum) * student``, one operation over all parameters."""
+        if self._followed != students:
+            leaders = [p for student in students for p in student.parameters()]
+            self._followed, self._pairs = students, (list(self.copies.parameters()), leaders)
+        trailing, leading = self._pairs
+        torch._foreach_lerp_(trailing, leading, 1 - momentum)

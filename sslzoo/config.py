@@ -1,0 +1,134 @@
+"""From the command line to one checked configuration, and from there to modules."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sslzoo.blocks.encoder import Encoder
+from sslzoo.errors import UserError
+from sslzoo.optim import Optim
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
+
+ConfigStore.instance().store(group="optim", name="default", node=Optim)  # its defaults live in the class alone
+
+
+def options(group: str) -> list[str]:
+    """Choices of a config group, e.g. the methods."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that ``overrides`` describe.
+
+    Raises:
+        UserError: on a choice or key that does not exist, naming those that do.
+    """
+    for override in overrides:
+        key, sep, value = override.partition("=")
+        if not sep:
+            raise UserError(f"{override!r} is no override: write key=value, e.g. method=moco")
+        if (CONF / key).is_dir() and value and value not in options(key):
+            near = get_close_matches(value, options(key), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{key}={value} does not exist: {key} is one of {', '.join(options(key))}{hint}")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", overrides=[*tuned(overrides), *overrides])
+        OmegaConf.resolve(config)
+    except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    return config
+
+
+def tuned(overrides: Sequence[str]) -> list[str]:
+    """What ``conf/tuned/SCALE/METHOD.yaml`` would type before ``overrides``, except what these type themselves."""
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    defaults = {key: choice for entry in OmegaConf.load(CONF / "config.yaml").defaults if isinstance(entry, DictConfig)
+                for key, choice in entry.items()}  # fmt: skip
+    scale, method = (typed.get(key, defaults[key]) for key in ("scale", "method"))
+    path = CONF / "tuned" / scale / f"{method}.yaml"
+    if not path.is_file():
+        return []
+    settings = OmegaConf.to_container(OmegaConf.load(path))
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in typed]
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    lines = [line.strip() for line in f"{error}\n{cause or ''}".splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("full_key", "object_type", "See ", "reference_type"))]
+    return " ".join(dict.fromkeys(kept))
+
+
+def keys_of(config: DictConfig) -> dict[str, object]:
+    """Every leaf of ``config`` by its dotted key."""
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, node) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            flat[prefix] = node
+
+    walk("", OmegaConf.to_container(config, resolve=True))
+    return flat
+
+
+# What may differ between two halves of one run: where and how it runs, never what it computes.
+PLACE = (
+    "trainer.devices", "trainer.accelerator", "trainer.num_nodes", "data.root", "data.workers", "data.on_error",
+    "logger.", "monitor.", "resume", "run_dir", "backbone",
+)  # fmt: skip
+
+
+def config_hash(config: DictConfig) -> str:
+    """Short hash of what a run computes, equal for equal runs wherever they are."""
+    meant = {key: value for key, value in keys_of(config).items() if not key.startswith(PLACE)}
+    return hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def differences(a: DictConfig, b: DictConfig) -> Iterable[tuple[str, object, object]]:
+    """Keys in which two configurations would compute different things: ``(key, in a, in b)``."""
+    left, right = keys_of(a), keys_of(b)
+    for key in [*left, *(key for key in right if key not in left)]:
+        if not key.startswith(PLACE) and left.get(key) != right.get(key):
+            yield key, left.get(key), right.get(key)
+
+
+def build_encoder(config: DictConfig) -> Encoder:
+    """The encoder that ``config.encoder`` describes."""
+    return built(config.encoder, "encoder", Encoder)
+
+
+def build_optim(config: DictConfig) -> Optim:
+    """The optimizer's recipe; its batch is the global one, over accumulated parts."""
+    batch_size = config.data.batch_size * config.trainer.accumulate_grad_batches
+    return built(config.optim, "optim", Optim, batch_size=batch_size)
+
+
+def built(node: DictConfig, name: str, target: type | None = None, **more):
+    """``target``, or the class that ``node`` names, made from plain values in YAML and ``more``.
+
+    Raises:
+        UserError: where a key is no argument of it.
+    """
+    arguments = OmegaConf.to_container(node, resolve=True) | more
+    make = get_class(arguments.pop("_target_")) if target is None else target
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        raise UserError(f"{name} cannot be built from its settings: {error}") from error

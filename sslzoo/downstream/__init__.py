@@ -1,0 +1,1 @@
+"""One question each about a backbone, whatever method it came from."""

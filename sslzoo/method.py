@@ -1,0 +1,118 @@
+"""What all methods are: views in, loss out.
+
+Legend of shapes: B images per rank, V views, D encoder width, d projection, K keys or prototypes, N training
+images, W ranks.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sslzoo.blocks.encoder import Encoder
+from sslzoo.dist import from_rank_zero, rank
+from sslzoo.memory import memory_buffers
+from sslzoo.optim import Optim
+
+
+class Batch(NamedTuple):
+    """One step's input on one rank.
+
+    Attributes:
+        views: V tensors ``(B, 3, H_v, W_v)``, normalised.
+        index: ``(B,)`` int64, position in the training set.
+        label: ``(B,)`` int64 for monitors only; no method reads it; -1 where unknown.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+    label: Tensor
+
+
+class Method(pl.LightningModule, ABC):
+    """Views in, loss out.
+
+    A method needs no trainer. In a loop of your own::
+
+        loss = method.loss(batch)
+        loss.backward()
+        method.before_step()
+        optimizer.step()
+        method.after_step()
+
+    Args:
+        encoder: the backbone being trained.
+        optim: what the recipe says of the optimizer.
+
+    Attributes:
+        step: optimizer steps taken; with ``seed`` it decides every random draw inside the method.
+        steps: optimizer steps of the whole run.
+        seed: the run's.
+    """
+
+    def __init__(self, encoder: Encoder, optim: Optim | None = None):
+        super().__init__()
+        self.encoder = encoder
+        self.optim = optim or Optim()
+        self.seed, self.step, self.steps = 0, 0, 1
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The paper's objective on one batch: a scalar, the mean over this rank's images."""
+
+    def before_step(self) -> None:
+        """What happens to gradients between the backward pass and the optimizer."""
+
+    def after_step(self) -> None:
+        """What moves without a gradient, once an optimizer step."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Trainable parameters as the recipe's ``exclude`` splits them."""
+        return self.optim.groups(self.parameters())
+
+    def loss_at_chance(self) -> float | None:
+        """The loss of features that tell nothing apart, e.g. ``ln K``; None where the method has no such value."""
+        return None
+
+    @property
+    def backbone(self) -> Encoder:
+        """What to keep of the run."""
+        return self.encoder
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return self.step / self.steps
+
+    # What follows is Lightning's side: who calls the above, and when.
+
+    def on_fit_start(self) -> None:
+        self.steps = int(self.trainer.estimated_stepping_batches)
+        for buffer in memory_buffers(self).values():
+            from_rank_zero(buffer)
+
+    def configure_model(self) -> None:
+        # Memories are equal on all ranks by construction: DDP need not send them every step.
+        self._ddp_params_and_buffers_to_ignore = list(memory_buffers(self))
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optim.build(self.parameter_groups())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.step = self.trainer.global_step
+        # Dropout and stochastic depth draw from here: the same in a resumed run, different on each rank.
+        torch.manual_seed(hash((self.seed, self.step, batch_idx, rank())) % 2**63)
+        return self.loss(batch)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        epochs = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        self.optim.set(optimizer, self.step, self.steps, epochs)
+        self.before_step()
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():
+            self.after_step()

@@ -1,0 +1,95 @@
+"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al. 2020, arXiv 1911.05722), and
+v2: Improved Baselines with Momentum Contrastive Learning (Chen et al. 2020, arXiv 2003.04297).
+"""
+
+import math
+
+from torch import Tensor
+
+from sslzoo.blocks import EMA, MLP, Encoder
+from sslzoo.dist import in_groups, shuffled, world
+from sslzoo.errors import UserError
+from sslzoo.losses import info_nce, unit
+from sslzoo.memory import Queue
+from sslzoo.method import Batch, Method
+from sslzoo.optim import Optim
+from sslzoo.views.draw import permutation
+
+
+class MoCo(Method):
+    """A query must find the key of its other view among a queue of past keys, made by a slowly moving encoder.
+
+    ``L = -log exp(q.k / T) / (exp(q.k / T) + sum_n exp(q.n / T))``, n over the queue (eq. 1).
+
+    Args:
+        encoder: f.
+        optim: the recipe's optimizer.
+        dim: width of queries and keys.
+        layers: 1, the linear head of v1, or 2, the MLP of v2; hidden layers are as wide as the encoder.
+        queue_size: K.
+        temperature: T.
+        momentum: of the key encoder.
+        symmetric: contrast both ways, each view being query once (not in the papers; one epoch sees twice as much).
+        bn_groups: BatchNorm groups over the world's batch. The papers train on 8 GPUs, so 8 groups; one device
+            reaches the same by splitting its batch. 1 disables Shuffling BN (for encoders without BatchNorm).
+
+    Raises:
+        UserError: if the batch does not split into ``bn_groups``, or these into the ranks.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        optim: Optim | None = None,
+        dim: int = 128,
+        layers: int = 1,
+        queue_size: int = 65536,
+        temperature: float = 0.07,
+        momentum: float = 0.999,
+        symmetric: bool = False,
+        bn_groups: int = 8,
+    ):
+        super().__init__(encoder, optim)
+        self.projector = MLP(*[encoder.dim] * layers, dim)
+        self.target = EMA(self.encoder, self.projector)
+        self.queue = Queue(queue_size, dim)
+        self.temperature, self.momentum = temperature, momentum
+        self.symmetric, self.bn_groups = symmetric, bn_groups
+        self.fresh: list[Tensor] = []  # keys of this optimizer step, not yet in the queue
+
+    def loss(self, batch: Batch) -> Tensor:
+        x1, x2 = batch.views
+        if not self.symmetric:
+            return self.contrast(x1, x2)
+        return (self.contrast(x1, x2) + self.contrast(x2, x1)) / 2
+
+    def contrast(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Queries from ``x1`` against keys from ``x2``, both ``(B, 3, H, W)``."""
+        self.check_groups(len(x1))
+        q = unit(in_groups(lambda x: self.projector(self.encoder(x)), x1, self.bn_groups))  # (B, d)
+        order = permutation(self.seed, self.step, world() * len(x1))
+        k = unit(shuffled(self.target, x2, order, self.bn_groups))  # (B, d), BatchNorm cannot match q to k
+        self.fresh.append(k)
+        return info_nce(q, k, self.queue.keys, self.temperature)
+
+    def after_step(self) -> None:
+        # Contrast, then push: a key is no negative of its own step, nor of another part of an accumulated batch.
+        for k in self.fresh:
+            self.queue.push(k)
+        self.fresh.clear()
+        # The papers move the key encoder before the next forward pass, with the weights of now: the same moment.
+        self.target.update(self.encoder, self.projector, momentum=self.momentum)
+
+    def check_groups(self, batch: int) -> None:
+        """Refuse a batch that ``bn_groups`` cannot split evenly."""
+        total, groups = world() * batch, self.bn_groups
+        if groups > 1 and (groups % world() or total % groups or total == groups):
+            raise UserError(
+                f"method.bn_groups={groups} does not split a batch of {total} on {world()} device(s) evenly into"
+                " groups of two or more; change data.batch_size or method.bn_groups"
+            )
+
+    def loss_at_chance(self) -> float:
+        """All logits equal: ``ln(1 + K)``."""
+        return math.log(1 + len(self.queue.keys))
+

@@ -1,0 +1,87 @@
+"""What tests share: oracles, a tiny encoder, two ranks."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    torch.set_num_threads(1)
+
+
+class Oracle(dict):
+    """Arrays that an official implementation computed, as tensors; ``oracle("a/*")`` is a state dict."""
+
+    def __call__(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix + "/"): value for key, value in self.items() if key.startswith(prefix + "/")}
+
+
+@pytest.fixture
+def oracle():
+    """Loader of ``tests/data/oracles/NAME.npz``; where each comes from stands in its ``meta``."""
+
+    def load(name: str) -> Oracle:
+        with np.load(DATA / "oracles" / f"{name}.npz") as file:
+            found = Oracle({key: torch.from_numpy(np.asarray(file[key])) for key in file.files if key != "meta_json"})
+            found.meta = json.loads(str(file["meta_json"]))
+        return found
+
+    return load
+
+
+class Tiny(nn.Sequential):
+    """An encoder on vectors, as the oracles use: no bias, optional BatchNorm, ReLU."""
+
+    def __init__(self, before: int = 12, dim: int = 14, norm: bool = True):
+        layers = [nn.Linear(before, dim, bias=False)] + ([nn.BatchNorm1d(dim)] if norm else []) + [nn.ReLU()]
+        super().__init__(*layers)
+        self.dim = dim
+
+
+@pytest.fixture
+def tiny():
+    """The class of tiny encoders."""
+    return Tiny
+
+
+def close(actual, expected, rtol=1e-9, atol=1e-10):
+    """Equal as float64 oracles are."""
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=rtol, atol=atol)
+
+
+def on_ranks(world: int, work, *arguments) -> list:
+    """``work(rank, *arguments)`` in ``world`` gloo processes on this machine; what each returned, by rank."""
+    context = torch.multiprocessing.get_context("spawn")
+    results, port = context.SimpleQueue(), str(20000 + os.getpid() % 20000)
+    ranks = [context.Process(target=_rank, args=(r, world, port, results, work, arguments)) for r in range(world)]
+    for rank in ranks:
+        rank.start()
+    found = dict(results.get() for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+    failed = [value for value in found.values() if isinstance(value, BaseException)]
+    if failed:
+        raise failed[0]
+    return [found[r] for r in range(world)]
+
+
+def _rank(rank, world, port, results, work, arguments):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        results.put((rank, work(rank, *arguments)))
+    except BaseException as error:
+        results.put((rank, RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")))
+    finally:
+        torch.distributed.destroy_process_group()
