@@ -1,5 +1,6 @@
 """What tests share: oracles, a tiny encoder, two ranks."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -66,7 +67,7 @@ def on_ranks(world: int, work, *arguments) -> list:
     ranks = [context.Process(target=_rank, args=(r, world, port, results, work, arguments)) for r in range(world)]
     for rank in ranks:
         rank.start()
-    found = dict(results.get() for _ in ranks)
+    found = dict(torch.load(io.BytesIO(results.get()), weights_only=False) for _ in ranks)
     for rank in ranks:
         rank.join(60)
     failed = [value for value in found.values() if isinstance(value, BaseException)]
@@ -80,8 +81,12 @@ def _rank(rank, world, port, results, work, arguments):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        results.put((rank, work(rank, *arguments)))
+        result = work(rank, *arguments)
     except BaseException as error:
-        results.put((rank, RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")))
+        result = RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
+    try:
+        content = io.BytesIO()
+        torch.save((rank, result), content)  # as bytes: tensors would be shared with a process that is gone
+        results.put(content.getvalue())
     finally:
         torch.distributed.destroy_process_group()
