@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def photographs(count: int, width: int, height: int) -> list[np.ndarray]:
 
 
 def torchvision_views(size: int, tensor: bool) -> v2.Compose:
-    """MoCo v2's augmentation in torchvision v2: blur as wide as 3 sigma can need."""
+    """MoCo v2's augmentation in torchvision v2; blur reaches 3 sigma, in its two-dimensional convolution."""
     kernel = min(13, 2 * (size // 2) - 1)
     return v2.Compose(
         [
@@ -107,18 +108,26 @@ def contestants(images: list[np.ndarray], size: int) -> dict[str, Callable[[], l
 
 
 def measure(rows: dict[str, Callable], count: int, rounds: int) -> dict[str, list[float]]:
-    """Microseconds of CPU time per image, for each row and round, after one call that does not count."""
+    """Microseconds of CPU time per image, for each row and round.
+
+    A first call does not count; it tells how many fill a tenth of a second, and so many make a measurement.
+    """
+
+    def clock(run: Callable, repeats: int) -> float:
+        start = time.process_time()
+        for _ in range(repeats):
+            run()
+        return (time.process_time() - start) / repeats
+
+    first = {name: clock(run, 1) for name, run in rows.items()}
+    repeats = {name: ceil(0.1 / max(seconds, 1e-3)) for name, seconds in first.items()}
+    times: dict[str, list[float]] = {name: [] for name in rows}
     names = list(rows)
-    for run in rows.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
-            start = time.process_time()
-            rows[name]()
-            times[name].append((time.process_time() - start) / count * 1e6)
-    return {name: times[name] for name in rows}
+            times[name].append(clock(rows[name], repeats[name]) / count * 1e6)
+    return times
 
 
 def commit() -> str:

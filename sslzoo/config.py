@@ -49,8 +49,24 @@ def composed(overrides: Sequence[str]) -> DictConfig:
             config = compose("config", overrides=[*tuned(overrides), *overrides])
         OmegaConf.resolve(config)
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(_unknown_key(overrides) or _one_line(error)) from error
     return config
+
+
+def _unknown_key(overrides: Sequence[str]) -> str | None:
+    """What to say of the first override whose key does not exist; None where all do."""
+    choices = [override for override in overrides if (CONF / override.partition("=")[0]).is_dir()]
+    if len(choices) == len(overrides):
+        return None
+    node = composed(choices)
+    for override in overrides:
+        key = override.partition("=")[0]
+        parent, _, name = key.rpartition(".")
+        settings = OmegaConf.select(node, parent) if parent else node
+        if override not in choices and isinstance(settings, DictConfig) and name not in settings:
+            has = ", ".join(str(known) for known in settings if not str(known).startswith("_"))
+            return f"{key} is no setting; {parent or 'the configuration'} has {has}"
+    return None
 
 
 def tuned(overrides: Sequence[str]) -> list[str]:
@@ -91,7 +107,7 @@ def keys_of(config: DictConfig) -> dict[str, object]:
 # What may differ between two halves of one run: where and how it runs, never what it computes.
 PLACE = (
     "trainer.devices", "trainer.accelerator", "trainer.num_nodes", "data.root", "data.workers", "data.on_error",
-    "logger.", "monitor.", "resume", "run_dir", "backbone",
+    "logger.", "monitor.", "checkpoint.", "resume", "run_dir", "backbone",
 )  # fmt: skip
 
 
@@ -104,7 +120,7 @@ def config_hash(config: DictConfig) -> str:
 def differences(a: DictConfig, b: DictConfig) -> Iterable[tuple[str, object, object]]:
     """Keys in which two configurations would compute different things: ``(key, in a, in b)``."""
     left, right = keys_of(a), keys_of(b)
-    for key in [*left, *(key for key in right if key not in left)]:
+    for key in ["recipe", *left, *(key for key in right if key not in left)]:
         if not key.startswith(PLACE) and left.get(key) != right.get(key):
             yield key, left.get(key), right.get(key)
 

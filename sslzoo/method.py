@@ -50,18 +50,28 @@ class Method(pl.LightningModule, ABC):
     Attributes:
         step: optimizer steps taken; with ``seed`` it decides every random draw inside the method.
         steps: optimizer steps of the whole run.
+        epochs: epochs of the whole run.
         seed: the run's.
+        accumulates: whether two accumulated halves of a batch equal the whole; not where images of one batch are
+            each other's negatives, or are normalised together.
+        sync_batchnorm: whether BatchNorm takes its statistics over all ranks.
     """
+
+    accumulates = True
+    sync_batchnorm = False
 
     def __init__(self, encoder: Encoder, optim: Optim | None = None):
         super().__init__()
         self.encoder = encoder
         self.optim = optim or Optim()
-        self.seed, self.step, self.steps = 0, 0, 1
+        self.seed, self.step, self.steps, self.epochs = 0, 0, 1, 1
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The paper's objective on one batch: a scalar, the mean over this rank's images."""
+
+    def check(self, batch_size: int) -> None:
+        """Refuse, by UserError, a global batch that the method cannot work with; called before anything starts."""
 
     def before_step(self) -> None:
         """What happens to gradients between the backward pass and the optimizer."""
@@ -89,8 +99,9 @@ class Method(pl.LightningModule, ABC):
 
     # What follows is Lightning's side: who calls the above, and when.
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         self.steps = int(self.trainer.estimated_stepping_batches)
+        self.epochs = max(1, round(self.steps / self.steps_per_epoch))
         for buffer in memory_buffers(self).values():
             from_rank_zero(buffer)
 
@@ -107,9 +118,13 @@ class Method(pl.LightningModule, ABC):
         torch.manual_seed(hash((self.seed, self.step, batch_idx, rank())) % 2**63)
         return self.loss(batch)
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in one pass over the data."""
+        return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        epochs = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        self.optim.set(optimizer, self.step, self.steps, epochs)
+        self.optim.set(optimizer, self.step, self.steps, self.steps_per_epoch)
         self.before_step()
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:

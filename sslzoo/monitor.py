@@ -98,10 +98,19 @@ class Metrics(pl.Callback):
         self._count, self._since = 0, 0.0
 
     def state_dict(self) -> dict:
-        return {"seconds": self.seconds, "images": self.images, "loss": self.loss}
+        unlogged = 0.0 if self._sum is None else self._sum.item()
+        return {
+            "seconds": self.seconds,
+            "images": self.images,
+            "loss": self.loss,
+            "unlogged": unlogged,
+            "count": self._count,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.seconds, self.images, self.loss = state["seconds"], state["images"], state["loss"]
+        self._count, self._since = state["count"], time.perf_counter()
+        self._sum = torch.tensor(state["unlogged"]) if self._count else None
 
     def on_train_batch_start(self, trainer, method, batch, batch_idx) -> None:
         if self._count == 0:
@@ -109,7 +118,7 @@ class Metrics(pl.Callback):
 
     def on_train_batch_end(self, trainer, method: Method, outputs, batch, batch_idx) -> None:
         loss = outputs["loss"].detach()
-        self._sum = loss.float() if self._sum is None else self._sum + loss
+        self._sum = loss.float() if self._sum is None else self._sum.to(loss.device) + loss
         self._count += 1
         last = batch_idx + 1 == trainer.num_training_batches
         if self._count == self.every or last:

@@ -42,12 +42,12 @@ def pretrain(config: DictConfig, overrides: Sequence[str]) -> dict:
         config, checkpoint = resumed(config, overrides)
     pl.seed_everything(config.seed, verbose=False)
     data = images(config)
-    method = build_method(config, data)
+    method = build_method(config, data.train)
     accelerator, precision = device(config)
     leave_cores_to_views(accelerator, config)
     state = read_checkpoint(checkpoint, method, config) if checkpoint else None
-    run_dir = Path(config.run_dir) if state and config.run_dir else claim_run_dir(config, config.recipe)
-    if not state and not rank_zero_only.rank:
+    run_dir = Path(config.run_dir) if config.resume else claim_run_dir(config, config.recipe)
+    if not config.resume and not rank_zero_only.rank:
         write_text(run_dir / "command.txt", shlex.join(["python", "-m", "sslzoo", *overrides]) + "\n")
     console.print(f"{config.recipe} on {data.train.name}: {len(data.train)} images, {precision}, {run_dir}")
 
@@ -59,8 +59,8 @@ def pretrain(config: DictConfig, overrides: Sequence[str]) -> dict:
     random_init = probe.knn(*before)
 
     rows = CsvLog(run_dir / "metrics.csv")
-    if state:
-        rows.forget_after(state["global_step"])
+    if config.resume:
+        rows.forget_after(state["global_step"] if state else 0)
     trainer = pl.Trainer(
         accelerator=accelerator,
         precision=precision,
@@ -190,27 +190,53 @@ def images(config: DictConfig) -> Images:
     )
 
 
-def build_method(config: DictConfig, data: Images) -> Method:
+def build_method(config: DictConfig, train: ImageSet) -> Method:
     """The method that ``config.method`` describes, checked against the data it will see."""
-    check_memory(config, data.train)
-    method = built(config.method, "method", encoder=build_encoder(config), optim=build_optim(config))
+    settings = OmegaConf.to_container(config.method, resolve=True)
+    check_sizes(settings, config.data.batch_size, train)
+    if "size" in settings:
+        settings["size"] = len(train)
+    method = built(OmegaConf.create(settings), "method", encoder=build_encoder(config), optim=build_optim(config))
     method.seed = config.seed
+    method.check(config.data.batch_size)
+    if config.trainer.accumulate_grad_batches > 1 and not method.accumulates:
+        raise UserError(
+            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches} would train another {config.recipe}:"
+            " images of one batch are contrasted or normalised together; set it to 1 and choose data.batch_size"
+        )
     return method
 
 
-def check_memory(config: DictConfig, train: ImageSet) -> None:
-    """Refuse a queue larger than the set: it would hold several keys of an image, each other's negatives."""
-    size = config.method.get("queue_size", 0)
-    if size > len(train):
+def check_sizes(settings: dict, batch_size: int, train: ImageSet) -> None:
+    """Refuse a batch or queue larger than the set (several keys of one image), and a bank of another size."""
+    if not 0 < batch_size <= len(train):
         raise UserError(
-            f"queue_size is {size} but {train.name} has {len(train)} training images;"
+            f"data.batch_size={batch_size} is larger than {train.name} with its {len(train)} training images;"
+            f" set data.batch_size to at most {len(train)}"
+        )
+    queue, bank = settings.get("queue_size") or 0, settings.get("size") or len(train)
+    if queue > len(train):
+        raise UserError(
+            f"queue_size is {queue} but {train.name} has {len(train)} training images;"
             f" set method.queue_size to at most {len(train)}"
         )
+    if bank != len(train):
+        raise UserError(
+            f"method.size={bank} but {train.name} has {len(train)} training images, and the bank has a slot for each;"
+            " leave method.size=null"
+        )
+
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
 
 def device(config: DictConfig) -> tuple[str, str]:
     """Accelerator and precision; ``auto`` is bfloat16 where the hardware computes in it."""
     wanted = config.trainer.accelerator
+    for key, allowed in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
+        if str(config.trainer[key]) not in allowed:
+            raise UserError(f"trainer.{key}={config.trainer[key]} is none of {', '.join(allowed)}")
     on_gpu = torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda")
     accelerator = "cuda" if on_gpu else "cpu" if wanted == "auto" else wanted
     if config.trainer.precision != "auto":

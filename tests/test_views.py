@@ -352,6 +352,8 @@ def test_wrong_images_buffers_and_boxes_are_refused():
         views([STACK[0, :, :, :1]], [0], 0)
     with pytest.raises(ValueError, match="channels_last"):
         views(STACK, INDEX, 0, out=[torch.empty(9, 3, 24, 24)])
+    with pytest.raises(ValueError, match="longer"):
+        views(STACK, INDEX, 0, out=views.buffers(8))
     rows = views.table(STACK, INDEX, 0)
     rows["left"] += 41
     with pytest.raises(ValueError, match="leaves its image"):

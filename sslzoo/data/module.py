@@ -40,8 +40,6 @@ class Reader:
     """
 
     def __init__(self, images: ImageSet, pool: ThreadPoolExecutor, on_error: str = "raise"):
-        if on_error not in ("raise", "skip"):
-            raise UserError(f"data.on_error={on_error} is neither raise nor skip")
         self.images, self.pool, self.on_error = images, pool, on_error
         self.skipped: set[int] = set()
 
@@ -100,11 +98,6 @@ class Loader:
         on_error: str = "raise",
         pin: bool = False,
     ):
-        if batch_size > len(images):
-            raise UserError(
-                f"data.batch_size={batch_size} is larger than {images.name} with its {len(images)} training images;"
-                f" set data.batch_size to at most {len(images)}"
-            )
         if batch_size % world:
             raise UserError(f"data.batch_size={batch_size} does not split evenly over {world} devices")
         self.images, self.views, self.seed = images, views, seed
@@ -222,9 +215,19 @@ class Images(pl.LightningDataModule):
         on_error: str = "raise",
     ):
         super().__init__()
+        if on_error not in ("raise", "skip"):
+            raise UserError(f"data.on_error={on_error} is neither raise nor skip")
         self.train, self.val, self.views, self.clean = train, val, views, clean
         self.batch_size, self.seed, self.workers, self.on_error = batch_size, seed, workers, on_error
+        self.position = 0
         self.loader: Loader | None = None
+
+    def state_dict(self) -> dict:
+        """Where the run stands in the data; Lightning restores a loader's own state in the middle of an epoch only."""
+        return {"position": self.loader.position if self.loader else self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
 
     def train_dataloader(self) -> Loader:
         self.loader = Loader(
@@ -238,4 +241,5 @@ class Images(pl.LightningDataModule):
             on_error=self.on_error,
             pin=self.trainer.strategy.root_device.type == "cuda",
         )
+        self.loader.position = self.position
         return self.loader

@@ -65,7 +65,7 @@ class MoCo(Method):
 
     def contrast(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Queries from ``x1`` against keys from ``x2``, both ``(B, 3, H, W)``."""
-        self.check_groups(len(x1))
+        self.check(world() * len(x1))
         q = unit(in_groups(lambda x: self.projector(self.encoder(x)), x1, self.bn_groups))  # (B, d)
         order = permutation(self.seed, self.step, world() * len(x1))
         k = unit(shuffled(self.target, x2, order, self.bn_groups))  # (B, d), BatchNorm cannot match q to k
@@ -80,12 +80,11 @@ class MoCo(Method):
         # The papers move the key encoder before the next forward pass, with the weights of now: the same moment.
         self.target.update(self.encoder, self.projector, momentum=self.momentum)
 
-    def check_groups(self, batch: int) -> None:
-        """Refuse a batch that ``bn_groups`` cannot split evenly."""
-        total, groups = world() * batch, self.bn_groups
-        if groups > 1 and (groups % world() or total % groups or total == groups):
+    def check(self, batch_size: int) -> None:
+        groups = self.bn_groups
+        if groups > 1 and (groups % world() or batch_size % groups or batch_size == groups):
             raise UserError(
-                f"method.bn_groups={groups} does not split a batch of {total} on {world()} device(s) evenly into"
+                f"method.bn_groups={groups} does not split a batch of {batch_size} on {world()} device(s) evenly into"
                 " groups of two or more; change data.batch_size or method.bn_groups"
             )
 

@@ -220,10 +220,11 @@ def _render(
     pool: Executor | None,
 ) -> None:
     """Run the compiled pass over every view of every image, in parts if there is a pool."""
-    stacked = isinstance(images, np.ndarray)
     # A stack goes through in one call a view; of images that differ in size each is a stack of its own.
-    stacks = [_frozen(images)] if stacked else [_frozen(image[None]) for image in images]
-    arrays = [_channels_last(buffer) for buffer in out]
+    stacks = [_frozen(images)] if isinstance(images, np.ndarray) else [_frozen(image[None]) for image in images]
+    stacked, batch = isinstance(images, np.ndarray), len(table)
+    sizes = plans["size"].tolist()
+    arrays = [_channels_last(buffer, batch, size) for buffer, size in zip(out, sizes, strict=True)]
 
     def run(start: int, stop: int) -> None:
         if stacked:
@@ -232,10 +233,9 @@ def _render(
             parts = [(stacks[b], slice(b, b + 1)) for b in range(start, stop)]
         for stack, rows in parts:
             for v, array in enumerate(arrays):
-                planes = _planes(array.shape[1], margins[v])
+                planes = _planes(sizes[v], margins[v])
                 kernel.render(stack, table[rows], plans, v, colour, planes, array[rows])
 
-    batch = len(table)
     if pool is None or batch < 2:
         run(0, batch)
         return
@@ -276,17 +276,18 @@ def _buffer(batch: int, size: int, pin: bool) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, pin_memory=pin, memory_format=torch.channels_last)
 
 
-def _channels_last(buffer: Tensor) -> NDArray[np.float32]:
+def _channels_last(buffer: Tensor, batch: int, size: int) -> NDArray[np.float32]:
     """The memory of a channels-last tensor (B, 3, S, S) as an array (B, S, S, 3)."""
     array = buffer.permute(0, 2, 3, 1).numpy()
-    if array.dtype != np.float32 or not array.flags.c_contiguous:
-        raise ValueError("out must be float32 in channels_last memory format; make it with buffers()")
+    if array.dtype != np.float32 or array.shape != (batch, size, size, 3) or not array.flags.c_contiguous:
+        need = f"float32, channels_last and {batch, 3, size, size} or longer"
+        raise ValueError(f"out is {buffer.dtype} {tuple(buffer.shape)}; it must be {need}: make it with buffers()")
     return array
 
 
 def _planes(size: int, margin: int) -> NDArray[np.float32]:
     """This thread's scratch: three planes of (size + 2 margin) rows."""
-    shelf = _thread.__dict__
+    shelf: dict[tuple[int, int], NDArray[np.float32]] = _thread.__dict__.setdefault("planes", {})
     if (size, margin) not in shelf:
         shelf[size, margin] = np.empty((3, (size + 2 * margin) * size), np.float32)
     return shelf[size, margin]
@@ -295,8 +296,8 @@ def _planes(size: int, margin: int) -> NDArray[np.float32]:
 def _plans(views: Sequence[View]) -> NDArray[np.void]:
     plans = np.zeros(len(views), kernel.PLAN)
     for plan, view in zip(plans, views, strict=True):
+        plan["size"], plan["inside"] = view.size, True
         plan["cubic"], plan["gray_first"] = view.interpolation == "bicubic", view.gray_first
-        plan["inside"] = True
         plan["kernel"] = view.blur.kernel or 0 if view.blur else 0
         plan["threshold"] = view.solarize.threshold if view.solarize else 1
     return plans

@@ -7,8 +7,7 @@ of the whole view) and blur (it needs the rows around) send the blocks round aga
 
 The inner loops run over slices from their beginning, or index with unsigned numbers: Numba then need not
 handle negative indices, and LLVM turns the loops into vector instructions. Pixels are planar float32 in 0..1
-until the store interleaves them. All that is compiled lives in this file, for Numba's cache on disk notices
-an edit only in the file of the function it keeps.
+until the store interleaves them. All of it lives in one file: Numba's cache on disk sees no edit elsewhere.
 """
 
 import math
@@ -16,8 +15,8 @@ import math
 import numpy as np
 from numba import njit
 
-PLAN = np.dtype("i4, i4, i4, i4, f4")
-PLAN.names = ("cubic", "gray_first", "inside", "kernel", "threshold")
+PLAN = np.dtype("i4, i4, i4, i4, i4, f4")
+PLAN.names = ("size", "cubic", "gray_first", "inside", "kernel", "threshold")
 """What the pass must know of a view beyond its draws. ``inside``: the resize sees nothing outside the crop
 box (crop, then resize), else all of the image (resize, then crop). ``kernel``: blur taps, 0 for 3 sigma."""
 
@@ -25,8 +24,7 @@ BLOCK = 1024  # pixels that go through together: three float32 planes of them ta
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # as in draw.py
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # as in torchvision
-_ZERO, _ONE, _TWO, _FOUR, _SIX = (np.float32(k) for k in (0, 1, 2, 4, 6))
-_TINY = np.float32(1e-20)
+_ZERO, _TINY, _ONE, _TWO, _FOUR, _SIX = (np.float32(k) for k in (0, 1e-20, 1, 2, 4, 6))
 _U0, _U1, _U2, _U3, _U4, _U5, _U6, _U7, _U8, _U9, _U10, _U11 = (np.uint64(k) for k in range(12))
 
 _inner = njit(nogil=True, error_model="numpy", fastmath=True)
@@ -49,12 +47,6 @@ def _filter(x, cubic):
 
 
 @_inner
-def _window(centre, support, low, high):
-    """The source positions [lower, upper) within [low, high) whose middles the filter's support covers."""
-    return max(math.floor(centre - support + 0.5), low), min(math.floor(centre + support + 0.5), high)
-
-
-@_inner
 def _resample(start, step, low, high, cubic, flip, gain, first, weight):
     """Fill each output's first source position and ``taps`` weights of sum ``gain``; return ``taps``.
 
@@ -62,13 +54,11 @@ def _resample(start, step, low, high, cubic, flip, gain, first, weight):
     """
     size, stretch = len(first), max(step, 1.0)
     support = (2.0 if cubic else 1.0) * stretch
-    taps = 1
-    for i in range(size):
-        lower, upper = _window(start + step * (i + 0.5), support, low, high)
-        taps = max(taps, upper - lower)
+    taps = min(math.ceil(2 * support), high - low)
     for i in range(size):
         centre = start + step * (i + 0.5)
-        lower, upper = _window(centre, support, low, high)
+        lower = max(math.floor(centre - support + 0.5), low)
+        upper = min(math.floor(centre + support + 0.5), high)
         origin = min(lower, high - taps)  # near the end all taps still fit, the first ones weigh nothing
         at = size - 1 - i if flip else i
         first[at] = origin
@@ -76,36 +66,36 @@ def _resample(start, step, low, high, cubic, flip, gain, first, weight):
         total = 0.0
         for k in range(taps):
             inside = lower <= origin + k < upper
-            value = _filter((origin + k + 0.5 - centre) / stretch, cubic) if inside else 0.0
-            row[k] = value
-            total += value
+            row[k] = _filter((origin + k + 0.5 - centre) / stretch, cubic) if inside else 0.0
+            total += row[k]
         for k in range(taps):
             row[k] *= gain / total
     return taps
 
 
 @_inner
-def _blend_rows(image, top, left, weight, line):
-    """The vertical half for one output row: line = sum over k of weight[k] * image[top + k, left:]."""
-    n, taps = len(line), len(weight)
-    a, p = image[top, left : left + n], weight[0]
+def _blend_rows(image, a, pitch, weight, taps, line):
+    """The vertical half for one output row: line = sum over k of weight[k] * (image from a + k * pitch on)."""
+    n, p, b = np.uint64(len(line)), weight[0], a + pitch
+    c = b + pitch
     if taps == 1:
         for j in range(n):
-            line[j] = p * np.float32(a[j])
+            line[j] = p * np.float32(image[a + j])
         return
-    b, q = image[top + 1, left : left + n], weight[1]
+    q = weight[1]
     if taps % 2 == 0:
         for j in range(n):
-            line[j] = p * np.float32(a[j]) + q * np.float32(b[j])
+            line[j] = p * np.float32(image[a + j]) + q * np.float32(image[b + j])
     else:
-        c, s = image[top + 2, left : left + n], weight[2]
+        s = weight[2]
         for j in range(n):
-            line[j] = p * np.float32(a[j]) + q * np.float32(b[j]) + s * np.float32(c[j])
+            line[j] = p * np.float32(image[a + j]) + q * np.float32(image[b + j]) + s * np.float32(image[c + j])
+        c += pitch
     for k in range(2 + taps % 2, taps, 2):
-        a, p = image[top + k, left : left + n], weight[k]
-        b, q = image[top + k + 1, left : left + n], weight[k + 1]
+        a, b, p, q = c, c + pitch, weight[k], weight[k + 1]
         for j in range(n):
-            line[j] += p * np.float32(a[j]) + q * np.float32(b[j])
+            line[j] += p * np.float32(image[a + j]) + q * np.float32(image[b + j])
+        c = b + pitch
 
 
 @_inner
@@ -264,18 +254,13 @@ def _convolve(source, start, stride, taps, out):
 
 
 @_inner
-def _copy(source, out):
-    for j in range(len(out)):
-        out[j] = source[j]
-
-
-@_inner
 def _reflect_rows(plane, size, margin, radius):
     """Mirror the first and last rows of a plane into its margin, the outermost row not repeated."""
     rows, last = plane.reshape(-1, size), margin + size - 1
     for t in range(1, radius + 1):
-        _copy(rows[margin + t], rows[margin - t])
-        _copy(rows[last - t], rows[last + t])
+        for x in range(size):
+            rows[margin - t, x] = rows[margin + t, x]
+            rows[last + t, x] = rows[last - t, x]
 
 
 @_inner
@@ -286,7 +271,9 @@ def _blur_block(plane, start, size, rows, taps, tall, wide, out):
     _convolve(plane, start, size, taps, tall[: rows * size])
     for y in range(rows):
         source, line = tall[y * size : (y + 1) * size], wide[y * pitch : (y + 1) * pitch]
-        _copy(source, line[radius : radius + size])
+        middle = line[radius : radius + size]
+        for x in range(size):
+            middle[x] = source[x]
         for t in range(1, radius + 1):
             line[radius - t] = source[t]
             line[radius + size - 1 + t] = source[size - 1 - t]
@@ -313,13 +300,31 @@ def _store(r, g, b, row, threshold, colour, out):
 
 
 @_inner
-def _render_one(image, row, plan, colour, planes, margin, scratch, out):
-    """Render one view: ``image`` (H, 3 W) uint8 to ``out`` (3 S^2,), with ``row`` drawn for it."""
+def _blur_and_store(row, plan, colour, planes, size, margin, taps, blocks, out):
+    """The last sweep of a view that is blurred; ``blocks`` (5, ...) is scratch."""
+    radius, rows = len(taps) - 1, max(1, BLOCK // size)
+    pitch = size + 2 * radius
+    for c in range(3):
+        _reflect_rows(planes[c], size, margin, radius)
+    for y in range(0, size, rows):
+        count = min(rows, size - y)
+        for c in range(3):
+            start = (margin + y) * size
+            _blur_block(planes[c], start, size, count, taps, blocks[0], blocks[1], blocks[2 + c])
+        for k in range(count):
+            a, z, at = k * pitch, k * pitch + size, 3 * (y + k) * size
+            r, g, b = blocks[2, a:z], blocks[3, a:z], blocks[4, a:z]
+            _store(r, g, b, row, plan.threshold, colour, out[at : at + 3 * size])
+
+
+@_inner
+def _render_one(image, height, width, row, plan, colour, planes, margin, scratch, out):
+    """Render one view: ``image`` (3 H W,) uint8 to ``out`` (3 S^2,), with ``row`` drawn for it."""
     first, offset, weight, line, blocks, half = scratch
     size = first.shape[1]
     rows, base = max(1, BLOCK // size), margin * size
 
-    top, bottom, left, right = 0, image.shape[0], 0, image.shape[1] // 3
+    top, bottom, left, right, pitch = 0, height, 0, width, np.uint64(3 * width)
     if plan.inside:
         top, bottom = int(row.top), int(row.top + row.height)
         left, right = int(row.left), int(row.left + row.width)
@@ -345,8 +350,8 @@ def _render_one(image, row, plan, colour, planes, margin, scratch, out):
             r, g, b = planes[0, a:z], planes[1, a:z], planes[2, a:z]
             if sweep == 0:
                 for k in range(count):
-                    taps = weight[0, (y + k) * y_taps : (y + k + 1) * y_taps]
-                    _blend_rows(image, first[0, y + k], 3 * left, taps, line)
+                    source = np.uint64(3 * (first[0, y + k] * width + left))
+                    _blend_rows(image, source, pitch, weight[0, (y + k) * y_taps :], y_taps, line)
                     a, z = k * size, (k + 1) * size
                     _blend_columns(line, offset, weight[1], x_taps, r[a:z], g[a:z], b[a:z])
                 if plan.cubic:  # its weights overshoot
@@ -367,21 +372,9 @@ def _render_one(image, row, plan, colour, planes, margin, scratch, out):
                 _gray(r, g, b)
             if radius == 0:
                 _store(r, g, b, row, plan.threshold, colour, out[3 * y * size : 3 * (y + count) * size])
-    if radius == 0:
-        return
-
-    half = half[: radius + 1]
-    _gaussian(row.sigma, half)
-    for c in range(3):
-        _reflect_rows(planes[c], size, margin, radius)
-    for y in range(0, size, rows):
-        count = min(rows, size - y)
-        for c in range(3):
-            _blur_block(planes[c], base + y * size, size, count, half, blocks[0], blocks[1], blocks[2 + c])
-        for k in range(count):
-            a, at = k * (size + 2 * radius), 3 * (y + k) * size
-            r, g, b = blocks[2, a : a + size], blocks[3, a : a + size], blocks[4, a : a + size]
-            _store(r, g, b, row, plan.threshold, colour, out[at : at + 3 * size])
+    if radius > 0:
+        _gaussian(row.sigma, half[: radius + 1])
+        _blur_and_store(row, plan, colour, planes, size, margin, half[: radius + 1], blocks, out)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=True, cache=True)
@@ -392,14 +385,15 @@ def render(images, rows, plans, v, colour, planes, out):
     ``planes`` (3, (S + 2 margin) S) scratch, ``out`` (B, S, S, 3) float32.
     """
     batch, height, width, _ = images.shape
-    size, plan = out.shape[1], plans[v]
+    plan = plans[v]
+    size = int(plan.size)
     margin = (planes.shape[1] // size - size) // 2
-    most = (4 if plan.cubic else 2) * (max(height, width) // size + 1) + 2  # taps of the strongest downscale
+    most = (4 if plan.cubic else 2) * (max(height, width) // size + 1)  # taps of the strongest downscale
     block = max(1, BLOCK // size) * (size + 2 * margin)
     first, offset = np.empty((2, size), np.int64), np.empty(size, np.uint64)
-    line, blocks = np.empty(3 * width, np.float32), np.empty((5, block), np.float32)
-    weight, half = np.empty((2, size * most), np.float32), np.empty(margin + 1, np.float32)
+    weight, line = np.empty((2, size * most), np.float32), np.empty(3 * width, np.float32)
+    blocks, half = np.empty((5, block), np.float32), np.empty(margin + 1, np.float32)
     scratch = first, offset, weight, line, blocks, half
-    lines, flat = images.reshape(batch, height, 3 * width), out.reshape(batch, 3 * size * size)
+    pixels, flat = images.reshape(batch, 3 * height * width), out.reshape(batch, 3 * size * size)
     for b in range(batch):
-        _render_one(lines[b], rows[b, v], plan, colour, planes, margin, scratch, flat[b])
+        _render_one(pixels[b], height, width, rows[b, v], plan, colour, planes, margin, scratch, flat[b])

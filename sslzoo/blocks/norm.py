@@ -1,0 +1,146 @@
+"""Normalisation beyond one device's batch: BatchNorm over all ranks, and GroupNorm with standardised weights."""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslzoo.dist import all_sum_with_grad, world
+from sslzoo.errors import UserError
+from sslzoo.losses import full
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm whose training statistics are those of all ranks' rows, on GPUs by torch, on CPUs by ``dist``.
+
+    Equal to BatchNorm over the concatenated batch, gradients included: biased variance to normalise, unbiased for
+    ``running_var``. One rank is plain BatchNorm. Every rank must hold input of the same shape, ``(B, C, ...)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.is_cpu and world() > 1:
+            return self._over_ranks(x)
+        return super().forward(x)
+
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        rest = [0, *range(2, x.ndim)]  # all dimensions but the channels'
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        rows = world() * x.numel() // x.shape[1]
+        # The variance in a second pass: a mean of squares minus a squared mean loses digits.
+        centered = full(x) - (all_sum_with_grad(full(x).sum(rest)) / rows).view(shape)
+        variance = all_sum_with_grad(centered.square().sum(rest)) / rows  # (C,)
+        if self.running_mean is not None:
+            self._remember((full(x) - centered).detach().mean(rest), variance.detach() * rows / (rows - 1))
+        y = centered * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), share)
+        self.running_var.lerp_(variance.to(self.running_var), share)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """The same for timm's BatchNorm that has dropout and activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Convolution by weights of mean 0 and variance 1 / fan-in per output channel (Qiao et al. 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, standardised(self.weight), self.bias)
+
+
+class StandardisedLinear(nn.Linear):
+    """Linear layer by weights of mean 0 and variance 1 / fan-in per output channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, standardised(self.weight), self.bias)
+
+
+def standardised(weight: Tensor, eps: float = 1e-4) -> Tensor:
+    """Each output channel of ``weight`` at mean 0 and norm 1, so that variances pass through: ``(out, ...)``."""
+    flat = weight.flatten(1)
+    centered = flat - flat.mean(1, keepdim=True)
+    return (centered * centered.square().sum(1, keepdim=True).clamp(min=eps).rsqrt()).view_as(weight)
+
+
+def sync_batchnorm(module: nn.Module) -> nn.Module:
+    """``module`` with every BatchNorm taking its statistics over all ranks; names and parameters stay the same.
+
+    Raises:
+        UserError: on a kind of BatchNorm that is neither torch's nor timm's.
+    """
+    return _changed(module, _synced)
+
+
+def group_norm_weight_standardisation(module: nn.Module, groups: int = 16) -> nn.Module:
+    """``module`` without batch statistics: GroupNorm for every BatchNorm, standardised weights in conv and linear.
+
+    As BYOL works even without batch statistics (Richemond et al. 2020, arXiv 2010.10241). Parameters stay the same;
+    running statistics are gone.
+
+    Raises:
+        UserError: where a BatchNorm's channels do not split into ``groups``.
+    """
+    return _changed(module, lambda part: _without_batch(part, groups))
+
+
+TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _changed(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _changed(child, change))
+    return change(module)
+
+
+def _synced(bn: nn.Module) -> nn.Module:
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn, SyncBatchNorm):
+        return bn
+    kind = SyncBatchNormAct if type(bn) is BatchNormAct2d else SyncBatchNorm
+    _check_kind(bn, (*TORCHS, BatchNormAct2d))
+    synced = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
+    # The very same tensors: an optimizer or an EMA that knows them goes on as before.
+    synced.weight, synced.bias = bn.weight, bn.bias
+    synced.running_mean, synced.running_var = bn.running_mean, bn.running_var
+    synced.num_batches_tracked = bn.num_batches_tracked
+    for name, child in bn.named_children():  # timm's dropout and activation
+        setattr(synced, name, child)
+    return synced.train(bn.training)
+
+
+def _without_batch(part: nn.Module, groups: int) -> nn.Module:
+    new: nn.Module
+    if type(part) is nn.Conv2d:
+        shape = (part.in_channels, part.out_channels, part.kernel_size, part.stride, part.padding, part.dilation)
+        new = StandardisedConv2d(*shape, part.groups, part.bias is not None, part.padding_mode, device="meta")
+    elif type(part) is nn.Linear:
+        new = StandardisedLinear(part.in_features, part.out_features, part.bias is not None, device="meta")
+    elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+        _check_kind(part, (*TORCHS, SyncBatchNorm))
+        if part.num_features % groups:
+            raise UserError(
+                f"{part.num_features} channels do not split into {groups} groups; widen the encoder or head"
+            )
+        new = nn.GroupNorm(groups, part.num_features, part.eps, part.affine, device="meta")
+    else:
+        return part
+    new.weight, new.bias = part.weight, part.bias
+    return new.train(part.training)
+
+
+def _check_kind(bn: nn.Module, kinds: tuple[type, ...]) -> None:
+    if type(bn) not in kinds:
+        raise UserError(
+            f"{type(bn).__name__} is no BatchNorm that can be replaced; take an encoder with torch's BatchNorm"
+        )

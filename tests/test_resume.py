@@ -1,0 +1,162 @@
+"""A run that was broken off and resumed ends with the weights of an unbroken one, to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sslzoo.__main__ import main, run
+from sslzoo.monitor import Metrics
+from sslzoo.report.csv_log import read_rows
+
+SMALL = [
+    "data.train_size=160",
+    "data.val_size=32",
+    "data.batch_size=32",
+    "data.workers=1",
+    "method.queue_size=64",
+    "method.bn_groups=2",
+    "encoder.name=resnet10t",
+    "encoder.width=0.125",
+    "image_size=16",
+    "trainer.max_epochs=3",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "monitor.k=5",
+    "monitor.log_every=1",
+]
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "last.ckpt", weights_only=True)
+
+
+def assert_same_run(a, b):
+    one, other = weights(a), weights(b)
+    assert one["global_step"] == other["global_step"] == 15
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    for mine, theirs in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
+        for key, state in mine["state"].items():
+            assert torch.equal(state["momentum_buffer"], theirs["state"][key]["momentum_buffer"])
+    rows = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in read_rows(d / "metrics.csv")] for d in (a, b)]
+    assert [r for r in rows[0] if "knn_top1" in r] == [r for r in rows[1] if "knn_top1" in r]
+    finals = [json.loads((d / "summary.json").read_text()) for d in (a, b)]
+    for key in ("loss", "knn_top1", "steps", "epochs", "config_hash"):
+        assert finals[0][key] == finals[1][key], key
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    run([*SMALL, f"run_dir={run_dir}"])
+    return run_dir
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("killed_after", "checkpoint_every"), [(2, 100), (3, 2), (5, 100), (5, 5), (6, 100), (9, 4), (14, 7)]
+)
+def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, killed_after, checkpoint_every):
+    run_dir = tmp_path / "broken"
+    original = Metrics.on_train_batch_start
+
+    def die(self, trainer, *rest):
+        if trainer.global_step == killed_after:
+            raise Killed
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "on_train_batch_start", die)
+        with pytest.raises(Killed):
+            run([*SMALL, f"run_dir={run_dir}", f"checkpoint.steps={checkpoint_every}"])
+    assert not (run_dir / "summary.json").exists()
+    run([f"resume={run_dir}"])
+    assert_same_run(unbroken, run_dir)
+
+
+@pytest.mark.slow
+def test_sigterm_then_sigkill_then_resume_equals_unbroken(tmp_path, unbroken):
+    run_dir = tmp_path / "signalled"
+    command = [sys.executable, "-m", "sslzoo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(arguments, rows):
+        process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (run_dir / "metrics.csv").exists() and len(read_rows(run_dir / "metrics.csv")) >= rows:
+                return process
+            time.sleep(0.005)
+        raise AssertionError(process.communicate()[1])
+
+    process = start([*SMALL, f"run_dir={run_dir}"], rows=2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert "resume=" in process.stderr.read()
+    stopped_at = weights(run_dir)["global_step"]
+    assert 0 < stopped_at < 15
+    process = start([f"resume={run_dir}"], rows=stopped_at + 3)
+    process.kill()
+    process.wait(60)
+    subprocess.run([*command, f"resume={run_dir}"], env=environment, check=True, timeout=120)
+    assert_same_run(unbroken, run_dir)
+
+
+def complaint(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("method=moco_v2", "recipe=moco"), ("encoder.name=resnet50", "encoder.name=resnet10t"), ("optim.lr=1", "optim.lr=")],
+)
+def test_resume_as_another_run_is_refused(capsys, unbroken, override, told):
+    assert told in complaint(capsys, f"resume={unbroken}", override)
+
+
+def test_resume_of_nothing_is_refused(capsys, tmp_path):
+    assert "is no run" in complaint(capsys, f"resume={tmp_path / 'nowhere'}")
+    assert "is no run" in complaint(capsys, f"resume={tmp_path}")
+
+
+def copy_of(run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.yaml", "command.txt"):
+        (copy / name).write_bytes((run_dir / name).read_bytes())
+    return copy
+
+
+def test_a_checkpoint_that_is_none_is_refused(capsys, tmp_path, unbroken):
+    copy = copy_of(unbroken, tmp_path)
+    (copy / "last.ckpt").write_bytes(b"not a checkpoint")
+    assert "is no checkpoint" in complaint(capsys, f"resume={copy}")
+
+
+class Stranger:
+    pass
+
+
+def test_a_checkpoint_that_holds_code_is_refused(capsys, tmp_path, unbroken):
+    copy = copy_of(unbroken, tmp_path)
+    torch.save({"state_dict": {}, "stranger": Stranger()}, copy / "last.ckpt")
+    assert "more than tensors and plain values" in complaint(capsys, f"resume={copy}")
+
+
+def test_a_checkpoint_of_other_weights_is_refused(capsys, tmp_path, unbroken):
+    copy = copy_of(unbroken, tmp_path)
+    state = weights(unbroken)
+    state["state_dict"]["queue.keys"] = state["state_dict"]["queue.keys"][:10]
+    torch.save(state, copy / "last.ckpt")
+    assert "queue.keys" in complaint(capsys, f"resume={copy}")
