@@ -14,7 +14,6 @@ test: $(VENV)/installed  ## the whole suite, with coverage
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 bench: $(VENV)/installed  ## every table in benchmarks/README.md
 	$(BIN)/python benchmarks/views.py

@@ -85,7 +85,9 @@ def tuned(overrides: Sequence[str]) -> list[str]:
 def _one_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [line.strip() for line in f"{error}\n{cause or ''}".splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key", "object_type", "See ", "reference_type"))]
+    kept = [
+        line for line in lines if line and not line.startswith(("full_key", "object_type", "See ", "reference_type"))
+    ]
     return " ".join(dict.fromkeys(kept))
 
 
@@ -100,7 +102,7 @@ def keys_of(config: DictConfig) -> dict[str, object]:
         else:
             flat[prefix] = node
 
-    walk("", OmegaConf.to_container(config, resolve=True))
+    walk("", plain(config))
     return flat
 
 
@@ -127,7 +129,7 @@ def differences(a: DictConfig, b: DictConfig) -> Iterable[tuple[str, object, obj
 
 def build_encoder(config: DictConfig) -> Encoder:
     """The encoder that ``config.encoder`` describes."""
-    return built(config.encoder, "encoder", Encoder)
+    return built(config.encoder, "encoder", None if "_target_" in config.encoder else Encoder)
 
 
 def build_optim(config: DictConfig) -> Optim:
@@ -136,13 +138,18 @@ def build_optim(config: DictConfig) -> Optim:
     return built(config.optim, "optim", Optim, batch_size=batch_size)
 
 
+def plain(node: DictConfig) -> dict:
+    """``node`` as dicts, lists and plain values."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
 def built(node: DictConfig, name: str, target: type | None = None, **more):
     """``target``, or the class that ``node`` names, made from plain values in YAML and ``more``.
 
     Raises:
         UserError: where a key is no argument of it.
     """
-    arguments = OmegaConf.to_container(node, resolve=True) | more
+    arguments = plain(node) | more
     make = get_class(arguments.pop("_target_")) if target is None else target
     try:
         return make(**arguments)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sslzoo.blocks.encoder import Encoder
+from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.dist import from_rank_zero, rank
 from sslzoo.memory import memory_buffers
 from sslzoo.optim import Optim
@@ -106,6 +107,8 @@ class Method(pl.LightningModule, ABC):
             from_rank_zero(buffer)
 
     def configure_model(self) -> None:
+        if self.sync_batchnorm and self.trainer.world_size > 1:
+            sync_batchnorm(self)
         # Memories are equal on all ranks by construction: DDP need not send them every step.
         self._ddp_params_and_buffers_to_ignore = list(memory_buffers(self))
 

@@ -56,7 +56,11 @@ class Probe:
 
     def features(self, encoder, half: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Unit features of the bank's and the queries' rows, ``(n, D)`` and ``(m, D)``."""
-        return self._both(lambda images, rows: features(encoder, images, self.data.clean, rows, half=half, on_error=self.data.on_error))
+        return self._both(
+            lambda images, rows: features(
+                encoder, images, self.data.clean, rows, half=half, on_error=self.data.on_error
+            )
+        )
 
     def pixels(self) -> tuple[np.ndarray, np.ndarray]:
         """The same of raw pixels."""

@@ -146,6 +146,7 @@ class LARS(Optimizer):
         trust = group["trust_coefficient"] * size / steps
         return list(torch.where((size > 0) & (steps > 0), trust, torch.ones_like(trust)))
 
+
 CHOICES = {
     "name": ("sgd", "adamw", "lars"),
     "lr_scaling": ("linear", "sqrt"),

@@ -21,7 +21,7 @@ from rich.table import Table
 from sslzoo import __version__
 from sslzoo.checkpoints.backbone import load_backbone, save_backbone
 from sslzoo.checkpoints.files import write_text
-from sslzoo.config import build_encoder, build_optim, built, composed, config_hash, differences
+from sslzoo.config import build_encoder, build_optim, built, composed, config_hash, differences, plain
 from sslzoo.data.images import ImageSet, load
 from sslzoo.data.module import Images, default_workers
 from sslzoo.errors import UserError
@@ -135,7 +135,7 @@ def knn(config: DictConfig, overrides: Sequence[str]) -> dict:
     if config.backbone is None:
         raise UserError("task=knn needs backbone=: a run's backbone.safetensors, random, or timm/NAME")
     pl.seed_everything(config.seed, verbose=False)
-    encoder = load_backbone(config.backbone, config.pretrained, OmegaConf.to_container(config.encoder, resolve=True))
+    encoder = load_backbone(config.backbone, config.pretrained, plain(config.encoder))
     config = OmegaConf.merge(config, {"image_size": encoder.metadata.get("image_size", config.image_size)})
     for key in ("mean", "std"):
         config.data[key] = encoder.metadata.get(key, config.data[key])
@@ -173,11 +173,11 @@ TASKS: dict[str, Callable[[DictConfig, Sequence[str]], dict]] = {"pretrain": pre
 
 def images(config: DictConfig) -> Images:
     """The data that ``config.data``, ``config.views`` and the sizes describe."""
-    settings = OmegaConf.to_container(config.data, resolve=True)
+    settings = plain(config.data)
     mean, std = settings.pop("mean"), settings.pop("std")
     batch_size, workers = settings.pop("batch_size"), settings.pop("workers")
     train, val = load(**settings)
-    views = Views(parse(OmegaConf.to_container(config.views, resolve=True)), mean, std, seed=config.seed)
+    views = Views(parse(plain(config.views)), mean, std, seed=config.seed)
     return Images(
         train,
         val,
@@ -192,7 +192,7 @@ def images(config: DictConfig) -> Images:
 
 def build_method(config: DictConfig, train: ImageSet) -> Method:
     """The method that ``config.method`` describes, checked against the data it will see."""
-    settings = OmegaConf.to_container(config.method, resolve=True)
+    settings = plain(config.method)
     check_sizes(settings, config.data.batch_size, train)
     if "size" in settings:
         settings["size"] = len(train)
@@ -201,7 +201,7 @@ def build_method(config: DictConfig, train: ImageSet) -> Method:
     method.check(config.data.batch_size)
     if config.trainer.accumulate_grad_batches > 1 and not method.accumulates:
         raise UserError(
-            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches} would train another {config.recipe}:"
+            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches} would train another method:"
             " images of one batch are contrasted or normalised together; set it to 1 and choose data.batch_size"
         )
     return method
@@ -259,7 +259,7 @@ def leave_cores_to_views(accelerator: str, config: DictConfig) -> None:
 
 def more_loggers(config: DictConfig, run_dir: Path) -> list:
     """What ``logger=`` adds to metrics.csv."""
-    settings = OmegaConf.to_container(config.logger, resolve=True)
+    settings = plain(config.logger)
     name = settings.pop("name")
     if name == "tensorboard":
         try:
@@ -267,7 +267,7 @@ def more_loggers(config: DictConfig, run_dir: Path) -> list:
         except ModuleNotFoundError as error:
             raise UserError('logger=tensorboard needs a package: pip install "sslzoo[tensorboard]"') from error
     if name == "wandb":
-        return [pl.loggers.WandbLogger(save_dir=run_dir, config=OmegaConf.to_container(config, resolve=True), **settings)]
+        return [pl.loggers.WandbLogger(save_dir=run_dir, config=plain(config), **settings)]
     return []
 
 
@@ -347,7 +347,11 @@ def provenance(config: DictConfig, overrides: Sequence[str]) -> dict:
     return {
         "seed": config.seed,
         "config_hash": config_hash(config),
-        "versions": {"sslzoo": __version__, **{name: version(name) for name in packages}, "python": sys.version.split()[0]},
+        "versions": {
+            "sslzoo": __version__,
+            **{name: version(name) for name in packages},
+            "python": sys.version.split()[0],
+        },
         "command": shlex.join(["python", "-m", "sslzoo", *overrides]),
     }
 

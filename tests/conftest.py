@@ -16,7 +16,6 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    np.random.seed(0)
     torch.set_num_threads(1)
 
 

@@ -24,7 +24,9 @@ def random_batches(steps: int, size: int, shapes: Sequence[tuple[int, ...]], ima
 
 def rows(batch: Batch, part: int, parts: int) -> Batch:
     """The ``part``-th of ``parts`` equal shares of a batch."""
-    return Batch([x.chunk(parts)[part] for x in batch.views], batch.index.chunk(parts)[part], batch.label.chunk(parts)[part])
+    return Batch(
+        [x.chunk(parts)[part] for x in batch.views], batch.index.chunk(parts)[part], batch.label.chunk(parts)[part]
+    )
 
 
 def train(method: Method, batches: list[Batch], accumulate: int = 1) -> dict:
@@ -78,4 +80,6 @@ def assert_same(a: dict, b: dict, skip: Sequence[str] = (), rtol: float = 1e-9, 
         assert a[what].keys() == b[what].keys()
         for name, value in a[what].items():
             if not any(part in name for part in skip):
-                torch.testing.assert_close(value, b[what][name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    value, b[what][name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+                )

@@ -46,9 +46,10 @@ def finished(tmp_path_factory):
     return run_dir, run(["method=moco", *TINY, f"run_dir={run_dir}"])
 
 
-CONTRACT = (
-    "task method data steps epochs seconds images_per_second loss knn_top1 feature_std rank_me peak_memory_mb backbone"
-).split()
+CONTRACT = {
+    *("task", "method", "data", "steps", "epochs", "seconds", "images_per_second", "loss", "knn_top1"),
+    *("feature_std", "rank_me", "peak_memory_mb", "backbone"),
+}
 
 
 def test_a_run_leaves_what_the_contract_names(finished):
@@ -57,7 +58,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
     assert names >= {"config.yaml", "metrics.csv", "summary.json", "curves.png", "last.ckpt", "backbone.safetensors"}
     assert not [name for name in names if "partial" in name]
     assert json.loads((run_dir / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert set(CONTRACT) <= set(summary)
+    assert set(summary) >= CONTRACT
     assert (summary["steps"], summary["epochs"], summary["data"]) == (5, 1, "photos")
     with (run_dir / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -255,14 +256,16 @@ def test_help_names_every_choice(capsys):
 
 def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        sslzoo.nonsense  # noqa: B018
+        sslzoo.nonsense
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path):
     run_dir = tmp_path / "two"
     command = [sys.executable, "-m", "sslzoo", "method=moco", *TINY, "trainer.devices=2", f"run_dir={run_dir}"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["world_size"] == 2

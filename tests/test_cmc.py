@@ -166,12 +166,11 @@ def test_all_ordered_pairs_of_three_views_are_contrasted():
     torch.testing.assert_close(method.loss(batch), expected)
 
 
-@pytest.mark.parametrize("make", [make_nce, make_softmax])
-def test_two_ranks_equal_one(make):
+def test_two_ranks_equal_one():
     batches = random_batches(5, 8, [(12,)])
-    alone = train_alone(make, batches)
-    first, second = train_on_ranks(2, make, batches)
-    assert_same(alone, first)
+    alone = train_alone(make_nce, batches)
+    first, second = train_on_ranks(2, make_nce, batches)
+    assert_same(alone, first)  # Z included
     assert torch.equal(first["state"]["banks.1.slots"], second["state"]["banks.1.slots"])
 
 

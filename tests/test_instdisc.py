@@ -37,12 +37,11 @@ def make_with_z() -> InstDisc:
     return method
 
 
-@pytest.mark.parametrize("make", [make_nce, make_exact])
-def test_two_ranks_equal_one(make):
+def test_two_ranks_equal_one():
     batches = random_batches(5, 8, [(12,)])
-    alone = train_alone(make, batches)
-    first, second = train_on_ranks(2, make, batches)
-    assert_same(alone, first)
+    alone = train_alone(make_nce, batches)
+    first, second = train_on_ranks(2, make_nce, batches)
+    assert_same(alone, first)  # Z included
     assert torch.equal(first["state"]["bank.slots"], second["state"]["bank.slots"])
 
 

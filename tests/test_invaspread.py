@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import Tiny, on_ranks
+from conftest import Tiny
 from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from torch.nn.functional import normalize
 
-from sslzoo import dist
 from sslzoo.methods.invaspread import InvaSpread, invaspread
 from sslzoo.optim import Optim
 
@@ -72,21 +71,6 @@ def test_two_ranks_equal_one():
     alone = train_alone(make, batches)
     for rank in train_on_ranks(2, make, batches):
         assert_same(alone, rank)
-
-
-def loss_of_rank(rank, z1, z2):
-    z1, z2 = dist.mine(z1).requires_grad_(), dist.mine(z2).requires_grad_()
-    loss = invaspread(z1, z2, 0.1)
-    loss.backward()
-    return loss.item(), z1.grad
-
-
-def test_ranks_share_the_whole_batch_of_negatives():
-    z1, z2 = (z.detach() for z in pair(6))
-    alone, grad = loss_of_rank(0, z1, z2)
-    (a, grad_a), (b, grad_b) = on_ranks(2, loss_of_rank, z1, z2)
-    assert (a + b) / 2 == pytest.approx(alone)
-    torch.testing.assert_close(torch.cat([grad_a, grad_b]) / 2, grad)
 
 
 def test_batch_is_not_to_be_accumulated_and_is_normalised_as_a_whole():

@@ -8,6 +8,7 @@ import torch
 from conftest import close, on_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo import dist
 from sslzoo.blocks.norm import SyncBatchNorm, group_norm_weight_standardisation, standardised, sync_batchnorm
@@ -39,7 +40,16 @@ def all_on_rank(rank, inputs, half):
     trained = {name: two_passes(sync_batchnorm(randomised(name)), x) for name, x in inputs.items()}
     kept = sync_batchnorm(randomised("rows")).eval()(inputs["rows"][rank : rank + 1])
     bn = sync_batchnorm(nn.BatchNorm1d(5))
-    return trained, kept, bn(dist.mine(half)), bn.running_var
+    part = bn(dist.mine(half))
+    wrapped = DistributedDataParallel(sync_batchnorm(small_net()))
+    wrapped(dist.mine(inputs["rows"])).square().mean().backward()
+    grads = {name: p.grad for name, p in wrapped.module.named_parameters()}
+    return trained, kept, grads, part, bn.running_var
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).double()
 
 
 def randomised(name: str) -> nn.Module:
@@ -85,6 +95,21 @@ def test_two_ranks_equal_batchnorm_over_the_whole_batch(name, inputs, ranks):
 
 def test_eval_uses_running_statistics_and_asks_no_other_rank(inputs, ranks):
     close(torch.cat([kept for _, kept, *_ in ranks]), randomised("rows").eval()(inputs["rows"][:2]))
+
+
+def test_it_trains_under_ddp_which_refuses_torchs_own_on_cpus(inputs, ranks):
+    net = small_net()
+    net(inputs["rows"]).square().mean().backward()
+    for _, _, grads, *_ in ranks:
+        for name, p in net.named_parameters():
+            close(grads[name], p.grad)
+
+
+def test_gpus_get_torchs_own():
+    net = sync_batchnorm(nn.Sequential(nn.BatchNorm1d(4), BatchNormAct2d(4)), torch.device("cuda"))
+    assert type(net[0]) is nn.SyncBatchNorm
+    assert isinstance(net[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(net.eval()(torch.ones(2, 4, 1, 1)).min(), torch.tensor(1 / (1 + 1e-5)))
 
 
 def test_bfloat16_keeps_its_statistics_in_float32(half, ranks):

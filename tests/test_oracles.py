@@ -69,10 +69,18 @@ def load_moco(method: MoCo, o, mlp: bool):
 def test_moco_three_full_steps_with_sgd(oracle):
     o = oracle("moco_full_step")
     method = MoCo(
-        Tiny(), dim=16, layers=2, queue_size=64, temperature=float(o["temperature"]), momentum=float(o["ema"]), bn_groups=1
+        Tiny(),
+        dim=16,
+        layers=2,
+        queue_size=64,
+        temperature=float(o["temperature"]),
+        momentum=float(o["ema"]),
+        bn_groups=1,
     ).double()
     load_moco(method, o, mlp=True)
-    optim = Optim(lr=float(o["lr"]), lr_per=None, weight_decay=float(o["weight_decay"]), momentum=float(o["sgd_momentum"]))
+    optim = Optim(
+        lr=float(o["lr"]), lr_per=None, weight_decay=float(o["weight_decay"]), momentum=float(o["sgd_momentum"])
+    )
     optimizer = optim.build(optim.groups(method.parameters()))
     # The official code moves the key encoder at the start of a step, ours at the end of the one before. That is the
     # same from equal weights; the oracle starts from different ones, so its first move is made here.
@@ -165,7 +173,9 @@ def test_schedule_simclr(oracle):
     for scaling, key in (("linear", "lr_linear"), ("sqrt", "lr_sqrt")):
         optim = Optim(lr=float(o[f"base_{key}"]), batch_size=size, lr_scaling=scaling)
         for step, lr in zip(o["step"].tolist(), o[key], strict=True):
-            close(warmup_cosine(step, n * epochs // size + 1, warmup, optim.peak_lr), float(lr), rtol=1e-6, atol=5e-8)  # float32
+            close(
+                warmup_cosine(step, n * epochs // size + 1, warmup, optim.peak_lr), float(lr), rtol=1e-6, atol=5e-8
+            )  # float32
 
 
 def test_schedule_byol(oracle):

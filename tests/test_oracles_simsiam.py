@@ -30,7 +30,8 @@ def test_full_steps_with_sgd_and_a_constant_rate_of_the_predictor(oracle):
     dim, inputs = o["init/encoder.l1.weight"].shape
     encoder = Tiny(inputs, dim, norm=False)
     optim = Optim(
-        lr=float(o["init_lr"]), lr_per=None, momentum=float(o["sgd_momentum"]), weight_decay=float(o["weight_decay"]), per_epoch=True
+        lr=float(o["init_lr"]), lr_per=None, momentum=float(o["sgd_momentum"]), per_epoch=True,
+        weight_decay=float(o["weight_decay"]),
     )  # fmt: skip
     width, bottleneck = o["init/encoder.fc.6.weight"].shape[0], o["init/predictor.0.weight"].shape[0]
     method = SimSiam(encoder, optim, dim=width, bottleneck=bottleneck).double()

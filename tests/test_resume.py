@@ -44,7 +44,10 @@ def assert_same_run(a, b):
     for mine, theirs in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
         for key, state in mine["state"].items():
             assert torch.equal(state["momentum_buffer"], theirs["state"][key]["momentum_buffer"])
-    rows = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in read_rows(d / "metrics.csv")] for d in (a, b)]
+    rows = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_rows(d / "metrics.csv")]
+        for d in (a, b)
+    ]
     assert [r for r in rows[0] if "knn_top1" in r] == [r for r in rows[1] if "knn_top1" in r]
     finals = [json.loads((d / "summary.json").read_text()) for d in (a, b)]
     for key in ("loss", "knn_top1", "steps", "epochs", "config_hash"):
@@ -119,7 +122,11 @@ def complaint(capsys, *arguments):
 
 @pytest.mark.parametrize(
     ("override", "told"),
-    [("method=moco_v2", "recipe=moco"), ("encoder.name=resnet50", "encoder.name=resnet10t"), ("optim.lr=1", "optim.lr=")],
+    [
+        ("method=moco_v2", "recipe=moco"),
+        ("encoder.name=resnet50", "encoder.name=resnet10t"),
+        ("optim.lr=1", "optim.lr="),
+    ],
 )
 def test_resume_as_another_run_is_refused(capsys, unbroken, override, told):
     assert told in complaint(capsys, f"resume={unbroken}", override)

@@ -1,5 +1,7 @@
 """Projectors and predictors: roles of one block."""
 
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -34,7 +36,7 @@ class MLP(nn.Sequential):
         last_bias: bool | None = None,
     ):
         layers: list[nn.Module] = []
-        for before, after in zip(dims[:-2], dims[1:-1], strict=True):
+        for before, after in pairwise(dims[:-1]):
             layers += [nn.Linear(before, after, bias=norm is None if bias is None else bias)]
             layers += [*_norm(norm, after), nn.ReLU(inplace=True)]
         layers += [nn.Linear(dims[-2], dims[-1], bias=last_norm is None if last_bias is None else last_bias)]

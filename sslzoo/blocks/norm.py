@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import timm
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -12,17 +13,21 @@ from sslzoo.errors import UserError
 from sslzoo.losses import full
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """BatchNorm whose training statistics are those of all ranks' rows, on GPUs by torch, on CPUs by ``dist``.
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose training statistics are those of all ranks' rows: what torch's does on GPUs alone.
 
     Equal to BatchNorm over the concatenated batch, gradients included: biased variance to normalise, unbiased for
     ``running_var``. One rank is plain BatchNorm. Every rank must hold input of the same shape, ``(B, C, ...)``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.is_cpu and world() > 1:
+        if self.training and world() > 1:
             return self._over_ranks(x)
         return super().forward(x)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"BatchNorm needs (B, C, ...), got {tuple(x.shape)}")
 
     def _over_ranks(self, x: Tensor) -> Tensor:
         rest = [0, *range(2, x.ndim)]  # all dimensions but the channels'
@@ -74,13 +79,19 @@ def standardised(weight: Tensor, eps: float = 1e-4) -> Tensor:
     return (centered * centered.square().sum(1, keepdim=True).clamp(min=eps).rsqrt()).view_as(weight)
 
 
-def sync_batchnorm(module: nn.Module) -> nn.Module:
+def sync_batchnorm(module: nn.Module, device: torch.device | None = None) -> nn.Module:
     """``module`` with every BatchNorm taking its statistics over all ranks; names and parameters stay the same.
+
+    Args:
+        module: changed in place, and returned; a new module if it is a BatchNorm itself.
+        device: where it is going to run; null: where its parameters are. GPUs get torch's own SyncBatchNorm.
 
     Raises:
         UserError: on a kind of BatchNorm that is neither torch's nor timm's.
     """
-    return _changed(module, _synced)
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return _changed(module, lambda part: _synced(part, device.type == "cuda"))
 
 
 def group_norm_weight_standardisation(module: nn.Module, groups: int = 16) -> nn.Module:
@@ -104,11 +115,12 @@ def _changed(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.
     return change(module)
 
 
-def _synced(bn: nn.Module) -> nn.Module:
+def _synced(bn: nn.Module, gpu: bool) -> nn.Module:
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn, SyncBatchNorm):
         return bn
-    kind = SyncBatchNormAct if type(bn) is BatchNormAct2d else SyncBatchNorm
     _check_kind(bn, (*TORCHS, BatchNormAct2d))
+    plain, act = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct) if gpu else (SyncBatchNorm, SyncBatchNormAct)
+    kind = act if type(bn) is BatchNormAct2d else plain
     synced = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
     # The very same tensors: an optimizer or an EMA that knows them goes on as before.
     synced.weight, synced.bias = bn.weight, bn.bias

@@ -176,12 +176,11 @@ def _has_width(name: str) -> bool:
 
 def _take_channels(net: nn.Module, count: int) -> None:
     """Let a timm model's first convolution take ``count`` channels, initialised as the one it replaces."""
-    parent, _, name = net.pretrained_cfg["first_conv"].rpartition(".")
-    conv = net.get_submodule(parent).get_submodule(name)
+    path, conv = next((path, part) for path, part in net.named_modules() if isinstance(part, nn.Conv2d))
     new = nn.Conv2d(
         count, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
     )  # fmt: skip
     nn.init.normal_(new.weight, std=conv.weight.std().item())
     if conv.bias is not None:
         nn.init.zeros_(new.bias)
-    setattr(net.get_submodule(parent), name, new)
+    net.set_submodule(path, new)

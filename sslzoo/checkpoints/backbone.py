@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sslzoo import __version__
+from sslzoo import __version__, blocks
 from sslzoo.blocks.encoder import Encoder
 from sslzoo.checkpoints.files import write_whole
 from sslzoo.errors import UserError
@@ -31,6 +31,7 @@ def save_backbone(
     metadata = {
         "format": "sslzoo",
         "version": __version__,
+        "kind": type(encoder).__name__,
         "encoder": encoder.config,
         "mean": list(mean),
         "std": list(std),
@@ -58,7 +59,7 @@ def read_metadata(path: str | Path) -> dict:
         raise UserError(f"{path} is no safetensors file ({error}); give a run's backbone.safetensors") from error
     if metadata.get("format") != "sslzoo":
         raise UserError(f"{path} was not written by sslzoo: its metadata does not say how to build the encoder")
-    plain = ("format", "version", "method", "config_hash")
+    plain = ("format", "version", "kind", "method", "config_hash")
     return {key: value if key in plain else json.loads(value) for key, value in metadata.items()}
 
 
@@ -91,7 +92,7 @@ def load_backbone(path_or_name: str | Path, pretrained: bool | str = "auto", enc
 
 def _from_file(path: Path) -> Encoder:
     metadata = read_metadata(path)
-    built = Encoder(**metadata["encoder"])
+    built = getattr(blocks, metadata["kind"])(**metadata["encoder"])
     weights = load_file(path)
     expected = built.net.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys()) or [

@@ -91,4 +91,3 @@ class MoCo(Method):
     def loss_at_chance(self) -> float:
         """All logits equal: ``ln(1 + K)``."""
         return math.log(1 + len(self.queue.keys))
-

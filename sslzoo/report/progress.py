@@ -33,7 +33,9 @@ class Bar(pl.Callback):
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=console)
-        self.task = self.bar.add_task("", total=trainer.estimated_stepping_batches, completed=trainer.global_step, **self._fields(trainer))
+        self.task = self.bar.add_task(
+            "", total=trainer.estimated_stepping_batches, completed=trainer.global_step, **self._fields(trainer)
+        )
         self.bar.start()
 
     def on_train_batch_end(self, trainer, method, outputs, batch, batch_idx) -> None:

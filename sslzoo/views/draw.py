@@ -174,13 +174,16 @@ def table(
     return rows
 
 
-def integers(seed: int, step: int, index: Tensor, count: int, high: int) -> Tensor:
+def integers(seed: int | Tensor, step: int | Tensor, index: Tensor, count: int, high: int) -> Tensor:
     """Stateless uniform integers in [0, high), on ``index``'s device: (B,) -> (B, count).
 
     Row b is a pure function of (seed, step, index[b]), so every rank draws the same row for an image.
-    The remainder of 63 bits favours no value by more than high / 2^63.
+    The remainder of 63 bits favours no value by more than high / 2^63. ``seed`` and ``step`` may be int64
+    tensors () on that device: the same row, and the host does not wait to read them.
     """
-    rows = _mix_tensor((index.long() ^ _signed(key(seed, step))) + _signed(_GOLDEN))  # (B,)
+    rows = index.new_zeros((), dtype=torch.int64)
+    for value in (seed, step, index.long()):  # the chain of `key`
+        rows = _mix_tensor((rows ^ (value if isinstance(value, Tensor) else _signed(value & _MASK))) + _signed(_GOLDEN))
     columns = torch.arange(1, count + 1, device=index.device) * _signed(_GOLDEN)  # (count,)
     return (_mix_tensor(rows[:, None] + columns) & ((1 << 63) - 1)) % high  # (B, count)
 

@@ -1,0 +1,129 @@
+"""CPC: Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018, arXiv 1807.03748), and
+v2: Data-Efficient Image Recognition with Contrastive Predictive Coding (Henaff et al. 2020, arXiv 1905.09272).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sslzoo.blocks import MLP, Encoder
+from sslzoo.blocks.context import Context
+from sslzoo.blocks.patches import distorted
+from sslzoo.errors import UserError
+from sslzoo.losses import full
+from sslzoo.method import Batch, Method
+from sslzoo.optim import Optim
+from sslzoo.views.draw import integers
+
+
+class CPC(Method):
+    """From the patches seen so far, row by row, predict the features of patches further down.
+
+    ``L = -sum_k log exp(s W_k c_rj . t_r+k,j) / sum_t exp(s W_k c_rj . t)`` (v1, eq. 4): c_rj summarises rows up to r,
+    W_k predicts k rows ahead, t runs over all patches of a group of images; the mean over places and images.
+
+    Args:
+        encoder: f, a PatchEncoder, or any with its ``patches`` and ``encode``.
+        optim: the recipe's optimizer.
+        dim: width of predictions and targets.
+        offsets: the k. Rows that overlap the one predicted from give the answer away: begin where overlap ends.
+        directions: 1, downwards, or 4, each with its own context and W; the loss is their mean.
+        hidden, blocks: of the context network.
+        scale: s.
+        group: images whose patches are told apart, 16 as on the papers' devices. Groups follow one another in the
+            batch, so the loss is the same on any number of ranks.
+        crop, drop, flip: how patches are distorted one by one; see ``distorted``.
+
+    Raises:
+        UserError: if the encoder has no patches, the offsets do not fit their grid, or the batch not the groups.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        optim: Optim | None = None,
+        dim: int = 64,
+        offsets: Sequence[int] = (2, 3, 4, 5),
+        directions: int = 1,
+        hidden: int = 256,
+        blocks: int = 5,
+        scale: float = 0.1,
+        group: int = 16,
+        crop: int = 0,
+        drop: float = 0.0,
+        flip: bool = False,
+    ):
+        super().__init__(encoder, optim)
+        if getattr(encoder, "patches", None) is None:
+            raise UserError("CPC predicts patches of an image: set encoder._target_=sslzoo.blocks.PatchEncoder")
+        if directions not in (1, 4) or not offsets or min(offsets) < 1:
+            raise UserError(f"method.directions={directions} must be 1 or 4, and method.offsets={list(offsets)} from 1 up")
+        self.projector = MLP(encoder.dim, dim)
+        self.contexts = nn.ModuleList(Context(encoder.dim, hidden, blocks) for _ in range(directions))
+        self.predictors = nn.ModuleList(
+            nn.ModuleList(MLP(encoder.dim, dim) for _ in offsets) for _ in range(directions)
+        )  # W_k
+        self.offsets, self.scale, self.group = tuple(offsets), scale, group
+        self.crop, self.drop, self.flip = crop, drop, flip
+        self.candidates = 0  # targets that a prediction chooses from; the first batch tells
+
+    def loss(self, batch: Batch) -> Tensor:
+        (x,) = batch.views
+        patches = self.encoder.patches(x)  # (B, G, G, 3, P, P)
+        self.check(patches)
+        drawn = integers(self.seed, self.step, batch.index, patches[0, :, :, 0, 0, 0].numel() * 5, 2**32)
+        z = self.encoder.encode(distorted(patches, drawn, self.crop, self.drop, self.flip))  # (B, G, G, D)
+        t = self.projector(z)  # (B, G, G, d)
+        turns = enumerate(zip(self.contexts, self.predictors, strict=True))
+        losses = [self.downwards(z.rot90(k, (1, 2)), t.rot90(k, (1, 2)), *nets) for k, nets in turns]
+        return torch.stack(losses).mean()
+
+    def downwards(self, z: Tensor, t: Tensor, context: nn.Module, predictors: nn.ModuleList) -> Tensor:
+        """Predict targets ``t`` (B, G, G, d) from the features ``z`` (B, G, G, D) of rows above."""
+        c = context(z)  # (B, G, G, D)
+        pairs = zip(self.offsets, predictors, strict=True)
+        return sum(patch_info_nce(predict(c[:, :-k]), t, k, self.scale, self.group) for k, predict in pairs)
+
+    def check(self, patches: Tensor) -> None:
+        """Refuse offsets beyond the grid and batches that do not split into groups."""
+        batch, rows, columns = patches.shape[:3]
+        if max(self.offsets) >= min(rows, columns):
+            raise UserError(
+                f"method.offsets={list(self.offsets)} reach beyond a grid of {rows} x {columns} patches;"
+                f" the largest is {min(rows, columns) - 1}"
+            )
+        if batch % self.group:
+            raise UserError(
+                f"method.group={self.group} does not divide the {batch} images of one device;"
+                " change method.group or data.batch_size"
+            )
+        self.candidates = self.group * rows * columns
+
+    def loss_at_chance(self) -> float | None:
+        """All patches of a group alike: their logarithm for each offset; None before the first batch."""
+        return len(self.offsets) * math.log(self.candidates) if self.candidates else None
+
+
+def patch_info_nce(predictions: Tensor, targets: Tensor, offset: int, scale: float, group: int) -> Tensor:
+    """InfoNCE of predicted patches: which of all patches in a group of images lies ``offset`` rows further down?
+
+    Args:
+        predictions: made in rows 0 to G - offset - 1, ``(B, G - offset, G, d)``.
+        targets: features of all patches, ``(B, G, G, d)``.
+        offset: rows from where a prediction is made to its target.
+        scale: of predictions.
+        group: images whose patches are candidates; divides B.
+
+    Returns:
+        The mean over predictions.
+    """
+    (batch, rows, columns), d = targets.shape[:3], targets.shape[3]
+    with torch.autocast(targets.device.type, enabled=False):
+        p = full(predictions).reshape(batch // group, -1, d) * scale  # (groups, group * (G - offset) * G, d)
+        t = full(targets).reshape(batch // group, -1, d)  # (groups, group * G * G, d)
+        places = torch.arange(group * rows * columns, device=t.device).view(group, rows, columns)
+        label = places[:, offset:].reshape(-1)  # of the target of each prediction
+        logits = p @ t.mT  # (groups, group * (G - offset) * G, group * G * G)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), label.repeat(len(t)))
