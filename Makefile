@@ -19,6 +19,9 @@ bench: $(VENV)/installed  ## every table in benchmarks/README.md
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/pretrain.py
 
+zoo: $(VENV)/installed  ## every method at demo scale, three seeds: the README's table
+	$(BIN)/python benchmarks/zoo.py
+
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock of CPU and wall time, contestants in a new order each round, the facts of a run."""
+"""What the benchmarks share: a clock of CPU and wall time, turns in a new order each round, the facts of a run."""
 
 import importlib.metadata
 import importlib.util

@@ -2,8 +2,8 @@
 
 import io
 import json
-import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -62,30 +62,30 @@ def close(actual, expected, rtol=1e-9, atol=1e-10):
 def on_ranks(world: int, work, *arguments) -> list:
     """``work(rank, *arguments)`` in ``world`` gloo processes on this machine; what each returned, by rank."""
     context = torch.multiprocessing.get_context("spawn")
-    results, port = context.SimpleQueue(), str(20000 + os.getpid() % 20000)
-    ranks = [context.Process(target=_rank, args=(r, world, port, results, work, arguments)) for r in range(world)]
-    for rank in ranks:
-        rank.start()
-    found = dict(torch.load(io.BytesIO(results.get()), weights_only=False) for _ in ranks)
-    for rank in ranks:
-        rank.join(60)
+    results = context.SimpleQueue()
+    with TemporaryDirectory() as meeting:  # a file to meet at: a port may be taken
+        place = f"file://{meeting}/store"
+        ranks = [context.Process(target=_rank, args=(r, world, place, results, work, arguments)) for r in range(world)]
+        for rank in ranks:
+            rank.start()
+        found = dict(torch.load(io.BytesIO(results.get()), weights_only=False) for _ in ranks)
+        for rank in ranks:
+            rank.join(60)
     failed = [value for value in found.values() if isinstance(value, BaseException)]
     if failed:
         raise failed[0]
     return [found[r] for r in range(world)]
 
 
-def _rank(rank, world, port, results, work, arguments):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def _rank(rank, world, place, results, work, arguments):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     try:
+        torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
         result = work(rank, *arguments)
     except BaseException as error:
         result = RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
-    try:
-        content = io.BytesIO()
-        torch.save((rank, result), content)  # as bytes: tensors would be shared with a process that is gone
-        results.put(content.getvalue())
-    finally:
+    content = io.BytesIO()
+    torch.save((rank, result), content)  # as bytes: tensors would be shared with a process that is gone
+    results.put(content.getvalue())
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

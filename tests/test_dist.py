@@ -27,6 +27,7 @@ def collect(rank):
     tracked = x.clone().requires_grad_()
     kept, broadcast = x.clone(), x.clone()
     sums = dist.all_sum(kept), dist.all_mean(tracked)
+    untracked = [*sums, dist.all_gather(tracked), dist.shuffled(centred, tracked, ORDER)]
     dist.from_rank_zero(broadcast)
     return {
         "world": (dist.world(), dist.rank()),
@@ -43,7 +44,7 @@ def collect(rank):
         "in groups": [dist.in_groups(centred, x, groups) for groups in (1, 2, 4)],
         "shuffled": [dist.shuffled(centred, x, ORDER, groups) for groups in (1, 2, 4)],
         "order undone": dist.shuffled(lambda rows: rows, x, ORDER, 2),
-        "tracked": any(t.requires_grad for t in (*sums, dist.all_gather(tracked), dist.shuffled(centred, tracked, ORDER))),
+        "tracked": any(t.requires_grad for t in untracked),
     }
 
 

@@ -19,8 +19,6 @@ class EMA(nn.Module):
     def __init__(self, *students: nn.Module):
         super().__init__()
         self.copies = nn.ModuleList(deepcopy(student) for student in students).requires_grad_(False)
-        self._followed: tuple[nn.Module, ...] = ()
-        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def forward(self, x: Tensor) -> Tensor:
         for copy in self.copies:
@@ -30,8 +28,5 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self, *students: nn.Module, momentum: float) -> None:
         """``copy <- momentum * copy + (1 - momentum) * student``, one operation over all parameters."""
-        if self._followed != students:
-            leaders = [p for student in students for p in student.parameters()]
-            self._followed, self._pairs = students, (list(self.copies.parameters()), leaders)
-        trailing, leading = self._pairs
-        torch._foreach_lerp_(trailing, leading, 1 - momentum)
+        leading = [p for student in students for p in student.parameters()]
+        torch._foreach_lerp_(list(self.copies.parameters()), leading, 1 - momentum)

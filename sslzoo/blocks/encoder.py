@@ -70,6 +70,8 @@ def _build(name: str, stem: str, width: float, pretrained: bool, options: dict) 
     is_resnet = timm.models.resnet.ResNet is _class_of(name)
     if (stem != "imagenet" or width != 1) and not is_resnet:
         raise UserError(f"encoder.stem={stem} and encoder.width={width} are for ResNets, {name} is none: leave them")
+    if width < 1 / 32:
+        raise UserError(f"encoder.width={width} leaves no channels in the stem; set encoder.width to at least 0.04")
     if pretrained and (stem != "imagenet" or width != 1):
         raise UserError(f"pretrained weights of {name} fit encoder.stem=imagenet and encoder.width=1 only")
     if width == 1:

@@ -54,7 +54,8 @@ class BYOL(Method):
         projector = MLP(encoder.dim, hidden, dim, norm=kind, bias=True, last_bias=False)
         predictor = MLP(dim, hidden, dim, norm=kind, bias=True, last_bias=False)
         if norm == "group":
-            encoder, projector, predictor = map(group_norm_weight_standardisation, (encoder, projector, predictor))
+            for part in (encoder, projector, predictor):
+                group_norm_weight_standardisation(part)  # in place
         super().__init__(encoder, optim)
         self.projector, self.predictor = projector, predictor
         self.target = EMA(self.encoder, self.projector)
