@@ -108,7 +108,7 @@ class Method(pl.LightningModule, ABC):
 
     def configure_model(self) -> None:
         if self.sync_batchnorm and self.trainer.world_size > 1:
-            sync_batchnorm(self)
+            sync_batchnorm(self, self.trainer.strategy.root_device)
         # Memories are equal on all ranks by construction: DDP need not send them every step.
         self._ddp_params_and_buffers_to_ignore = list(memory_buffers(self))
 

@@ -45,7 +45,7 @@ class Tiny(nn.Sequential):
     def __init__(self, before: int = 12, dim: int = 14, norm: bool = True):
         layers = [nn.Linear(before, dim, bias=False)] + ([nn.BatchNorm1d(dim)] if norm else []) + [nn.ReLU()]
         super().__init__(*layers)
-        self.dim = dim
+        self.dim, self.config = dim, {}
 
 
 @pytest.fixture

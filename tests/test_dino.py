@@ -28,15 +28,19 @@ def make(optim=ADAMW, norm=False, **options) -> DINO:
     return DINO(Tiny(norm=norm), optim, hidden=10, bottleneck=5, out_dim=9, **options).double()
 
 
-def make_free_g() -> DINO:
-    method = make(norm_last_layer=False, freeze_last_layer=1, clip=0.05)
+def make_free_g(optim=ADAMW, **options) -> DINO:
+    """Clipped, frozen for one of five epochs, with a last layer whose norm is learned."""
+    method = make(optim, norm_last_layer=False, freeze_last_layer=1, clip=0.05, **options)
     method.epochs = 5
     return method
 
 
 def make_synced() -> DINO:
-    """With BatchNorm in encoder and head, as the trainer converts it where there is more than one rank."""
-    return sync_batchnorm(make(norm=True, use_bn=True))
+    """With BatchNorm in encoder and head, as the trainer converts it where there is more than one rank.
+
+    Not under AdamW: a bias before BatchNorm has no gradient but rounding, which it would blow up.
+    """
+    return sync_batchnorm(make_free_g(SGD, norm=True, use_bn=True))
 
 
 # Loss and center
@@ -211,11 +215,10 @@ def test_every_trained_parameter_is_in_one_group():
 # Ranks and parts
 
 
-@pytest.mark.parametrize("made", [make_free_g, make_synced])
-def test_two_ranks_equal_one(made):
+def test_two_ranks_equal_one():
     batches = random_batches(5, 8, CROPS)
-    alone = train_alone(made, batches)
-    first, second = train_on_ranks(2, made, batches)
+    alone = train_alone(make_synced, batches)
+    first, second = train_on_ranks(2, make_synced, batches)
     assert_same(alone, first)
     assert_same(alone, second)
     assert torch.equal(first["state"]["center"], second["state"]["center"])

@@ -1,5 +1,6 @@
 """Parts that methods borrow: encoders, heads, the trailing copy."""
 
+import sslzoo.blocks.sk  # noqa: F401  (timm learns the names of selective-kernel networks)
 from sslzoo.blocks.ema import EMA
 from sslzoo.blocks.encoder import Encoder
 from sslzoo.blocks.heads import MLP

@@ -6,9 +6,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from sslzoo.blocks.norm import group_norm_weight_standardisation
 from sslzoo.errors import UserError
 
 STEMS = ("imagenet", "small")
+NORMS = ("batch", "group")
 
 
 class Encoder(nn.Module):
@@ -20,6 +22,8 @@ class Encoder(nn.Module):
             max-pool, for images of 32 to 64 pixels (SimCLR, appendix B.9).
         width: multiplies the channels of a ResNet (SimCLR's 2x and 4x, or a narrow net for a CPU).
         pretrained: timm's own weights, from the user's cache.
+        norm: ``batch`` leaves the model's normalisation; ``group`` puts GroupNorm and standardised weights in place of
+            BatchNorm (BYOL without batch statistics).
         options: further arguments of the timm model, e.g. ``{zero_init_last: false}``.
 
     Attributes:
@@ -38,18 +42,22 @@ class Encoder(nn.Module):
         stem: str = "imagenet",
         width: float = 1.0,
         pretrained: bool = False,
+        norm: str = "batch",
         options: dict | None = None,
     ):
         super().__init__()
         self.metadata: dict = {}  # where the weights come from; see load_backbone
-        self.config = {"name": name, "stem": stem, "width": width, "options": dict(options or {})}
-        if stem not in STEMS:
-            raise UserError(f"encoder.stem={stem} is none of {', '.join(STEMS)}")
+        self.config = {"name": name, "stem": stem, "width": width, "norm": norm, "options": dict(options or {})}
+        for key, value, allowed in (("stem", stem, STEMS), ("norm", norm, NORMS)):
+            if value not in allowed:
+                raise UserError(f"encoder.{key}={value} is none of {', '.join(allowed)}")
         if not timm.is_model(name):
             near = get_close_matches(name, timm.list_models(), n=3)
             hint = f"; near names: {', '.join(near)}" if near else "; timm.list_models() lists them"
             raise UserError(f"encoder.name={name} is no timm model{hint}")
         self.net = _build(name, stem, width, pretrained, self.config["options"])
+        if norm == "group":
+            group_norm_weight_standardisation(self.net)
         self.dim: int = self.net.num_features
         stages = self.net.feature_info[-4:]
         shrink = 4 if stem == "small" else 1
@@ -74,8 +82,9 @@ def _build(name: str, stem: str, width: float, pretrained: bool, options: dict) 
         raise UserError(f"encoder.width={width} leaves no channels in the stem; set encoder.width to at least 0.04")
     if pretrained and (stem != "imagenet" or width != 1):
         raise UserError(f"pretrained weights of {name} fit encoder.stem=imagenet and encoder.width=1 only")
-    if width == 1:
-        net = timm.create_model(name, num_classes=0, pretrained=pretrained, **options)
+    if width == 1 or name.startswith("sk_"):  # selective-kernel networks have a width of their own
+        of_width = {"width": int(width)} if width != 1 else {}
+        net = timm.create_model(name, num_classes=0, pretrained=pretrained, **of_width, **options)
     else:
         channels = tuple(int(c * width) for c in (64, 128, 256, 512))
         # timm narrows the stem of its "deep" kind alone; the convolution it makes there is replaced below
@@ -85,9 +94,9 @@ def _build(name: str, stem: str, width: float, pretrained: bool, options: dict) 
     if stem == "small":
         net.conv1 = nn.Conv2d(3, first, kernel_size=3, padding=1, bias=False)
         net.maxpool = nn.Identity()
-    elif width != 1:
+    elif width != 1 and not name.startswith("sk_"):
         net.conv1 = nn.Conv2d(3, first, kernel_size=7, stride=2, padding=3, bias=False)
-    if stem == "small" or width != 1:
+    if stem == "small" or (width != 1 and not name.startswith("sk_")):
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net
 

@@ -56,6 +56,7 @@ class BYOL(Method):
         if norm == "group":
             for part in (encoder, projector, predictor):
                 group_norm_weight_standardisation(part)  # in place
+            encoder.config["norm"] = "group"  # so that the backbone is built alike when it is loaded
         super().__init__(encoder, optim)
         self.projector, self.predictor = projector, predictor
         self.target = EMA(self.encoder, self.projector)

@@ -18,7 +18,7 @@ GLOBAL = 2  # views that the teacher sees: the large ones, which come first
 
 
 class DINO(Method):
-    """A student that sees all crops must say what its own trailing average says of the two large ones.
+    """A student of all crops must say what its own trailing average says of the two large ones.
 
     ``L = mean over i in {0, 1}, v != i of -P_t(x_i) log P_s(x_v)``, ``P_s = softmax(s / T_s)``, ``P_t =
     softmax((t - c) / T_t)``. The center c keeps one output from winning always, the low T_t all from being alike

@@ -1,0 +1,67 @@
+"""A whole training run in a moment: a few small images, a linear encoder, a real trainer."""
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from sslzoo.data.images import ImageSet
+from sslzoo.data.module import Images
+from sslzoo.method import Batch, Method
+from sslzoo.optim import Optim
+from sslzoo.views import Clean, View, Views
+
+
+def image_set(count: int = 24, size: int = 8, classes: int = 3, seed: int = 0) -> ImageSet:
+    """Noise images, brighter by class; labels go round the classes."""
+    labels = np.arange(count) % classes
+    noise = np.random.default_rng(seed).integers(0, 60, (count, size, size, 3))
+    pixels = (noise + 180 * labels[:, None, None, None] // classes).astype(np.uint8)
+    return ImageSet(labels.astype(np.int64), [str(c) for c in range(classes)], pixels, None, "noise")
+
+
+def images(train: ImageSet | None = None, val: ImageSet | None = None, batch_size: int = 4, **options) -> Images:
+    """The data of such a run: two views of 8 pixels."""
+    train = image_set() if train is None else train
+    val = image_set(12, seed=1) if val is None else val
+    return Images(train, val, Views([View(8, count=2)]), Clean(8), batch_size, workers=1, **options)
+
+
+class Pixels(nn.Sequential):
+    """A linear encoder on 8 x 8 images."""
+
+    def __init__(self, dim: int = 5, dropout: float = 0.0):
+        super().__init__(nn.Flatten(), nn.Linear(192, dim), nn.Dropout(dropout))
+        self.dim = dim
+
+
+class Pull(Method):
+    """Pulls two views together, and features towards one."""
+
+    def __init__(self, encoder: nn.Module | None = None, optim: Optim | None = None):
+        super().__init__(encoder or Pixels(), optim or Optim(lr=1e-3, lr_per=None))
+
+    def loss(self, batch: Batch) -> Tensor:
+        h1, h2 = (self.encoder(x) for x in batch.views)
+        return (h1 - h2).square().mean() + (h1 - 1).square().mean()
+
+
+def trainer(*callbacks: pl.Callback, **options) -> pl.Trainer:
+    """A trainer that leaves nothing behind."""
+    return pl.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=options.pop("logger", False),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        **{"max_epochs": 2, "devices": 1, **options},
+    )
+
+
+def weights(module: nn.Module) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
