@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import product
 
+from rich.console import Console
 from rich.logging import RichHandler
 
 from sslzoo.errors import UserError
@@ -70,7 +71,11 @@ def one(overrides: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
     logging.getLogger("sslzoo").setLevel(logging.INFO)
     if {"-h", "--help"} & set(arguments):
         print(usage())

@@ -70,7 +70,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, negatives: Tensor | None
 
 
 def candidate_scores(f: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    """How well features fit candidates, ``f.v / T``: ``(B, d)`` with ``(B, K, d)``, or ``(K, d)`` for all, ``-> (B, K)``."""
+    """How well features ``(B, d)`` fit candidates, ``f.v / T``: each its own, ``(B, K, d)``, or all the same,
+    ``(K, d)``; ``-> (B, K)``."""
     with torch.autocast(f.device.type, enabled=False):
         f, candidates = full(f), full(candidates)
         if candidates.ndim == 2:

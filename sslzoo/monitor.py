@@ -52,7 +52,9 @@ class Probe:
         train, val = self.data.train, self.data.val
         self.bank_rows = _some_rows(train, self.bank)
         self.query_rows = _some_rows(val, self.queries) if val is not None else self.bank_rows[:0]
-        self.labelled = bool(len(self.query_rows)) and bool((train.labels[self.bank_rows] >= 0).all())
+        self.labelled = bool(len(self.query_rows)) and all(
+            (images.labels[rows] >= 0).all() for images, rows in ((train, self.bank_rows), (val, self.query_rows))
+        )
 
     def features(self, encoder, half: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Unit features of the bank's and the queries' rows, ``(n, D)`` and ``(m, D)``."""
@@ -125,7 +127,7 @@ class Metrics(pl.Callback):
         self._sum = loss.float() if self._sum is None else self._sum.to(loss.device) + loss
         self._count += 1
         last = batch_idx + 1 == trainer.num_training_batches
-        if self._count == self.every or last:
+        if self._count == self.every * trainer.accumulate_grad_batches or last:
             self._log(trainer, method, len(batch.index) * trainer.world_size)
 
     def _log(self, trainer, method: Method, batch_size: int) -> None:
@@ -142,7 +144,7 @@ class Metrics(pl.Callback):
         if not math.isfinite(self.loss):
             raise UserError(
                 f"loss is {self.loss} at step {trainer.global_step}: the run diverged, most likely from a rate too high"
-                f" or half precision; try optim.lr={lr / 10:.2g} or trainer.precision=32-true"
+                f" or half precision; try optim.lr={method.optim.lr / 10:.2g} or trainer.precision=32-true"
             )
 
 
@@ -162,14 +164,16 @@ class Watch(pl.Callback):
     def on_train_epoch_end(self, trainer, method: Method) -> None:
         if (trainer.current_epoch + 1) % self.every and trainer.global_step < method.steps:
             return
+        finding = None
         if trainer.is_global_zero:
             half = str(trainer.precision).startswith("bf16")
-            bank, queries = self.probe.features(method.backbone, half=half)
-            self.values = shape(bank) | {"knn_top1": self.probe.knn(bank, queries)}
-            log(trainer, self.values)
-            finding = self.diagnose(method, self.values) if self.doctor else None
-        else:
-            finding = None
+            try:
+                bank, queries = self.probe.features(method.backbone, half=half)
+                self.values = shape(bank) | {"knn_top1": self.probe.knn(bank, queries)}
+                log(trainer, self.values)
+                finding = self.diagnose(method, self.values) if self.doctor else None
+            except UserError as error:  # every rank raises it, or the others would wait for this one
+                finding = str(error)
         finding = trainer.strategy.broadcast(finding)
         if finding:
             raise UserError(finding)

@@ -1,10 +1,13 @@
 """A whole training run in a moment: a few small images, a linear encoder, a real trainer."""
 
+import time
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from sslzoo.data.decode import CorruptImage
 from sslzoo.data.images import ImageSet
 from sslzoo.data.module import Images
 from sslzoo.method import Batch, Method
@@ -12,12 +15,26 @@ from sslzoo.optim import Optim
 from sslzoo.views import Clean, View, Views
 
 
-def image_set(count: int = 24, size: int = 8, classes: int = 3, seed: int = 0) -> ImageSet:
-    """Noise images, brighter by class; labels go round the classes."""
-    labels = np.arange(count) % classes
-    noise = np.random.default_rng(seed).integers(0, 60, (count, size, size, 3))
-    pixels = (noise + 180 * labels[:, None, None, None] // classes).astype(np.uint8)
-    return ImageSet(labels.astype(np.int64), [str(c) for c in range(classes)], pixels, None, "noise")
+def image_set(count: int = 24, size: int = 8, seed: int = 0) -> ImageSet:
+    """Reddish, greenish and bluish noise, in turns."""
+    labels = np.arange(count) % 3
+    pixels = np.random.default_rng(seed).integers(0, 100, (count, size, size, 3), dtype=np.uint8)
+    pixels[np.arange(count), :, :, labels] += 150
+    return ImageSet(labels.astype(np.int64), ["red", "green", "blue"], pixels, None, "noise")
+
+
+class Flaky(ImageSet):
+    """A set on disk of which some rows cannot be read."""
+
+    def __init__(self, whole: ImageSet, broken=(), slow: float = 0.0):
+        super().__init__(whole.labels, whole.classes, None, None, whole.name)
+        self.whole, self.broken, self.slow = whole, set(broken), slow
+
+    def read(self, i):
+        time.sleep(self.slow)
+        if i in self.broken:
+            raise CorruptImage(f"{i}.png", "it is damaged")
+        return self.whole.images[i]
 
 
 def images(train: ImageSet | None = None, val: ImageSet | None = None, batch_size: int = 4, **options) -> Images:

@@ -220,5 +220,5 @@ def test_what_does_not_fit_is_refused():
         CPC(TinyPatches(), ADAM, directions=2)
     with pytest.raises(UserError, match=r"offsets=\[4\] reach beyond a grid of 4 x 4 patches; the largest is 3"):
         CPC(TinyPatches(), ADAM, offsets=(4,), group=2).double().loss(batch)
-    with pytest.raises(UserError, match="group=3 does not divide the 8 images"):
+    with pytest.raises(UserError, match="group=3 does not divide a batch of 8"):
         CPC(TinyPatches(), ADAM, offsets=(1,), group=3).double().loss(batch)

@@ -8,29 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from runs import Pull, image_set, images, trainer
+from runs import Flaky, Pull, image_set, images, trainer
 
 from sslzoo.data.decode import CorruptImage
-from sslzoo.data.images import ImageSet
 from sslzoo.data.module import Loader, Reader, clean_batches, default_workers, epoch_order
 from sslzoo.errors import UserError
 from sslzoo.views import Clean, View, Views
 
 VIEWS = Views([View(8, count=2), View(4)])
-
-
-class Flaky(ImageSet):
-    """A set on disk of which some rows cannot be read."""
-
-    def __init__(self, whole: ImageSet, broken=(), slow: float = 0.0):
-        super().__init__(whole.labels, whole.classes, None, None, whole.name)
-        self.whole, self.broken, self.slow = whole, set(broken), slow
-
-    def read(self, i):
-        time.sleep(self.slow)
-        if i in self.broken:
-            raise CorruptImage(f"{i}.png", "it is damaged")
-        return self.whole.images[i]
 
 
 def loader(train=None, batch_size=4, **options) -> Loader:

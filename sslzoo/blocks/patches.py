@@ -69,8 +69,8 @@ class PatchEncoder(Encoder):
             if side < self.patch + 2 * self.stride or (side - self.patch) % self.stride:
                 fits = self.patch + max(2, round((side - self.patch) / self.stride)) * self.stride
                 raise UserError(
-                    f"patches of {self.patch} pixels every {self.stride} do not fill a grid of 3 x 3 or more on an image"
-                    f" of {side}; set image_size={fits}, or encoder.patch and encoder.stride"
+                    f"patches of {self.patch} pixels every {self.stride} do not fill a grid of 3 x 3 or more on an"
+                    f" image of {side}; set image_size={fits}, or encoder.patch and encoder.stride"
                 )
         windows = x.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)  # (B, C, G, G, patch, patch)
         return windows.permute(0, 2, 3, 1, 4, 5)
@@ -80,7 +80,7 @@ class PatchEncoder(Encoder):
         return self.net(patches.flatten(0, 2)).view(*patches.shape[:3], self.dim)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Stage maps of the network run over the whole image: ``[(B, widths[s], H / strides[s], W / strides[s]) ...]``."""
+        """Stage maps as Encoder's, of the network run over the whole image."""
         return self.net.forward_intermediates(x, indices=4, intermediates_only=True)[: len(self.widths)]
 
 

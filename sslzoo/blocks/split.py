@@ -18,7 +18,7 @@ COLOURS = {"lab": (1, 2), "ycbcr": (1, 2), "edges": (1, 1), "none": ()}
 # Middles and half ranges by channel. Lab's are of the sRGB gamut and YCbCr's as in CMC's code; those of luminance
 # and of Sobel's magnitude are ours, roughly what photographs have.
 RANGES = {
-    "lab": ((50.0, (98.233 - 86.183) / 2, (94.478 - 107.857) / 2), (50.0, (98.233 + 86.183) / 2, (94.478 + 107.857) / 2)),
+    "lab": ((50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
     "ycbcr": ((116.151, 121.080, 132.342), (109.500, 111.855, 111.964)),
     "edges": ((0.5, 0.1), (0.25, 0.1)),
 }
@@ -32,7 +32,7 @@ class LabEncoder(Encoder):
     for its stem.) Networks that have no ``width`` keep theirs, and D grows.
 
     Args:
-        name, stem, width, options: as for Encoder; ``width`` of all networks together.
+        name, stem, width, norm, options: as for Encoder; ``width`` of all networks together.
         colour: ``lab`` gives L | ab; ``ycbcr`` Y | CbCr; ``edges`` luminance | Sobel magnitude, for gray images;
             ``none`` leaves the input as it is, e.g. RGB and depth as four channels.
         channels: how many channels each view takes, e.g. ``[3, 1]`` for RGB and depth, or ``[1, 1, 1]`` for L | a | b;
@@ -54,6 +54,7 @@ class LabEncoder(Encoder):
         name: str = "resnet50",
         stem: str = "imagenet",
         width: float = 1.0,
+        norm: str = "batch",
         options: dict | None = None,
         colour: str = "lab",
         channels: Sequence[int] | None = None,
@@ -63,8 +64,9 @@ class LabEncoder(Encoder):
         split = _checked(colour, channels)
         views = len(split)
         narrow = width / views if _has_width(name) else width
-        super().__init__(name, stem, narrow, options=options)
-        nets = [self.net, *(Encoder(name, stem, narrow, options=options).net for _ in split[1:])]
+        alike = {"name": name, "stem": stem, "width": narrow, "norm": norm, "options": options}
+        super().__init__(**alike)
+        nets = [self.net, *(Encoder(**alike).net for _ in split[1:])]
         for net, count in zip(nets, split, strict=True):
             _take_channels(net, count)
         self.net = nn.ModuleList(nets)
@@ -165,8 +167,8 @@ def _checked(colour: str, channels: Sequence[int] | None) -> list[int]:
     split = list(channels or COLOURS[colour])
     total = sum(split) if colour == "none" else sum(COLOURS[colour])
     if not 2 <= len(split) <= 4 or min(split) < 1 or sum(split) != total:
-        need = "list two to four views" if colour == "none" else f"must add up to {total} in two to four views"
-        raise UserError(f"encoder.channels={split} with encoder.colour={colour}: channels {need}, e.g. [1, {total - 1 or 3}]")
+        need = "must list" if colour == "none" else f"must divide {total} channels into"
+        raise UserError(f"encoder.channels={split} with encoder.colour={colour} {need} two to four views, e.g. [1, 2]")
     return split
 
 

@@ -2,19 +2,21 @@
 
 import json
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sslzoo import __version__, blocks
-from sslzoo.blocks.encoder import Encoder
+from sslzoo import __version__
+from sslzoo.blocks import Encoder, LabEncoder, PatchEncoder
 from sslzoo.checkpoints.files import write_whole
 from sslzoo.errors import UserError
 
 log = logging.getLogger(__name__)
+
+KINDS = {kind.__name__: kind for kind in (Encoder, LabEncoder, PatchEncoder)}
 
 
 def save_backbone(
@@ -57,7 +59,7 @@ def read_metadata(path: str | Path) -> dict:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no safetensors file ({error}); give a run's backbone.safetensors") from error
-    if metadata.get("format") != "sslzoo":
+    if metadata.get("format") != "sslzoo" or "encoder" not in metadata:
         raise UserError(f"{path} was not written by sslzoo: its metadata does not say how to build the encoder")
     plain = ("format", "version", "kind", "method", "config_hash")
     return {key: value if key in plain else json.loads(value) for key, value in metadata.items()}
@@ -92,7 +94,10 @@ def load_backbone(path_or_name: str | Path, pretrained: bool | str = "auto", enc
 
 def _from_file(path: Path) -> Encoder:
     metadata = read_metadata(path)
-    built = getattr(blocks, metadata["kind"])(**metadata["encoder"])
+    kind = metadata.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{path} holds an encoder of kind {kind}, none of {', '.join(KINDS)}; update sslzoo")
+    built = KINDS[kind](**metadata["encoder"])
     weights = load_file(path)
     expected = built.net.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys()) or [
@@ -109,24 +114,28 @@ def _from_file(path: Path) -> Encoder:
 
 
 def _from_timm(name: str, pretrained: bool | str) -> Encoder:
+    if pretrained not in (True, False, "auto"):
+        raise UserError(f"pretrained={pretrained} is none of true, false, auto")
     loaded = False
-    if pretrained is True:
-        built, loaded = Encoder(name, pretrained=True), True
-    elif pretrained is False:
-        built = Encoder(name)
-    else:
+    if pretrained:
         try:
-            with _offline():
+            with _offline() if pretrained == "auto" else nullcontext():
                 built, loaded = Encoder(name, pretrained=True), True
         except UserError:
             raise
         except Exception as error:  # timm and its hub raise many kinds where weights are not at hand
+            if pretrained is True:
+                raise UserError(
+                    f"timm/{name}: its weights could not be fetched ({type(error).__name__});"
+                    " check the name and the connection, or set pretrained=auto to start at random where there are none"
+                ) from error
             log.warning(
                 "timm/%s: no weights in the local cache (%s), so it starts at random; pretrained=true fetches them",
                 name,
                 type(error).__name__,
             )
-            built = Encoder(name)
+    if not loaded:
+        built = Encoder(name)
     settings = built.net.pretrained_cfg
     built.metadata = {"method": f"timm/{name}", "pretrained": loaded}
     if loaded:

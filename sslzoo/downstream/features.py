@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from sslzoo.blocks.encoder import Encoder
 from sslzoo.data.images import ImageSet
 from sslzoo.data.module import clean_batches
+from sslzoo.errors import UserError
 from sslzoo.views import Clean
 
 
@@ -29,6 +30,9 @@ def features(
 
     Returns:
         ``(n, D)`` float32 rows of length one, and the rows they belong to ``(n,)``.
+
+    Raises:
+        UserError: if features are not finite.
     """
     device = next(encoder.parameters()).device
     training = encoder.training
@@ -42,7 +46,10 @@ def features(
             kept.append(part)
     finally:
         encoder.train(training)
-    return torch.cat(found).numpy(), np.concatenate(kept)
+    z = torch.cat(found)
+    if not z.isfinite().all():
+        raise UserError("the backbone gives features that are not finite (NaN or inf); it was not trained well")
+    return z.numpy(), np.concatenate(kept)
 
 
 def raw_pixels(images: ImageSet, clean: Clean, rows: Sequence[int] | None = None, on_error: str = "raise"):

@@ -59,7 +59,7 @@ class CPC(Method):
         if getattr(encoder, "patches", None) is None:
             raise UserError("CPC predicts patches of an image: set encoder._target_=sslzoo.blocks.PatchEncoder")
         if directions not in (1, 4) or not offsets or min(offsets) < 1:
-            raise UserError(f"method.directions={directions} must be 1 or 4, and method.offsets={list(offsets)} from 1 up")
+            raise UserError(f"method.directions={directions} must be 1 or 4, method.offsets={list(offsets)} 1 or more")
         self.projector = MLP(encoder.dim, dim)
         self.contexts = nn.ModuleList(Context(encoder.dim, hidden, blocks) for _ in range(directions))
         self.predictors = nn.ModuleList(
@@ -72,7 +72,7 @@ class CPC(Method):
     def loss(self, batch: Batch) -> Tensor:
         (x,) = batch.views
         patches = self.encoder.patches(x)  # (B, G, G, 3, P, P)
-        self.check(patches)
+        self.check_grid(patches)
         drawn = integers(self.seed, self.step, batch.index, patches[0, :, :, 0, 0, 0].numel() * 5, 2**32)
         z = self.encoder.encode(distorted(patches, drawn, self.crop, self.drop, self.flip))  # (B, G, G, D)
         t = self.projector(z)  # (B, G, G, d)
@@ -86,18 +86,22 @@ class CPC(Method):
         pairs = zip(self.offsets, predictors, strict=True)
         return sum(patch_info_nce(predict(c[:, :-k]), t, k, self.scale, self.group) for k, predict in pairs)
 
-    def check(self, patches: Tensor) -> None:
-        """Refuse offsets beyond the grid and batches that do not split into groups."""
+    def check(self, batch_size: int) -> None:
+        """Refuse a batch that does not split into groups."""
+        if batch_size % self.group:
+            raise UserError(
+                f"method.group={self.group} does not divide a batch of {batch_size};"
+                " change method.group or data.batch_size"
+            )
+
+    def check_grid(self, patches: Tensor) -> None:
+        """Refuse offsets beyond the grid, and a device's share of the batch that does not split into groups."""
         batch, rows, columns = patches.shape[:3]
+        self.check(batch)
         if max(self.offsets) >= min(rows, columns):
             raise UserError(
                 f"method.offsets={list(self.offsets)} reach beyond a grid of {rows} x {columns} patches;"
                 f" the largest is {min(rows, columns) - 1}"
-            )
-        if batch % self.group:
-            raise UserError(
-                f"method.group={self.group} does not divide the {batch} images of one device;"
-                " change method.group or data.batch_size"
             )
         self.candidates = self.group * rows * columns
 

@@ -32,8 +32,7 @@ class DINO(Method):
         norm_last_layer: keep the last layer's rows at length one; false lets them learn it.
         student_temperature, teacher_temperature: T_s, and T_t once warm.
         warmup_teacher_temperature, warmup_teacher_epochs: T_t in the first epoch; over so many it grows linearly.
-        center_momentum: of c.
-        momentum: of the teacher at the start; grows to 1 by half a cosine.
+        center_momentum, momentum: of c; of the teacher at the start, which grows to 1 by half a cosine.
         clip: greatest norm of each parameter's gradient, on its own; 0 for none.
         freeze_last_layer: epochs at the start in which the last layer receives no gradient.
 
@@ -122,7 +121,7 @@ class DINO(Method):
     @property
     def backbone(self) -> Encoder:
         """The teacher's encoder, the better of the two (sec. 5.2)."""
-        return self.target.copies[0]
+        return self.target.copies[0]  # type: ignore[return-value]
 
     def loss_at_chance(self) -> float:
         """A student that says the same of every output: ``ln K``."""

@@ -1,9 +1,12 @@
-"""InstDisc: Unsupervised Feature Learning via Non-Parametric Instance Discrimination (Wu et al. 2018, arXiv 1805.01978)."""
+"""InstDisc: Unsupervised Feature Learning via Non-Parametric Instance Discrimination (Wu et al. 2018,
+arXiv 1805.01978).
+"""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sslzoo.blocks import MLP, Encoder
 from sslzoo.errors import UserError
@@ -75,7 +78,7 @@ class InstDisc(Method):
     def all_of_bank(self, f: Tensor, index: Tensor) -> Tensor:
         """The exact softmax."""
         scores = candidate_scores(f, self.bank.slots, self.temperature)  # (B, N)
-        return torch.nn.functional.cross_entropy(scores, index)
+        return F.cross_entropy(scores, index)
 
     def some_of_bank(self, f: Tensor, index: Tensor) -> Tensor:
         """NCE, or softmax over its candidates."""

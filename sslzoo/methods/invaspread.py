@@ -1,4 +1,6 @@
-"""InvaSpread: Unsupervised Embedding Learning via Invariant and Spreading Instance Feature (Ye et al. 2019, arXiv 1904.03436)."""
+"""InvaSpread: Unsupervised Embedding Learning via Invariant and Spreading Instance Feature (Ye et al. 2019,
+arXiv 1904.03436).
+"""
 
 import math
 

@@ -3,6 +3,7 @@ arXiv 2006.09882).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class SwAV(Method):
 
     accumulates = False  # codes are balanced over the batch
     sync_batchnorm = True
+    queues: Sequence[Queue]
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class SwAV(Method):
             )
         self.projector = MLP(encoder.dim, hidden, dim, norm="batch", bias=True)
         self.prototypes = nn.Linear(dim, prototypes, bias=False)
-        self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in range(ASSIGNED if queue_size else 0))
+        self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in range(ASSIGNED if queue_size else 0))  # type: ignore
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.queue_size, self.queue_start, self.freeze_prototypes = queue_size, queue_start, freeze_prototypes
         self.fresh: list[Tensor] = []  # projections of this optimizer step, not yet in the queues
@@ -136,11 +138,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     Each iteration brings the columns to equal sums over the samples of all ranks, then each row to sum 1. Taken in
     logarithms, in at least float32, scores of any size are safe; constant factors of the paper's Q cancel.
-
-    Args:
-        scores: this rank's rows.
-        epsilon: the smaller, the harder the codes.
-        iterations: at least 1.
+    ``scores`` are this rank's rows, a small ``epsilon`` makes hard codes, ``iterations`` are at least 1.
     """
     q = full(scores) / epsilon
     for _ in range(iterations):

@@ -37,6 +37,7 @@ class CsvLog(Logger):
     def log_hyperparams(self, *args, **kwargs) -> None:
         """The run's config lies beside this file."""
 
+    @rank_zero_only
     def forget_after(self, step: int) -> None:
         """Drop rows of steps that a resumed run takes again."""
         self.rows = [row for row in self.rows if row["step"] <= step]

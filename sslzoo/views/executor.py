@@ -199,7 +199,7 @@ def warm() -> None:
     with _warming:
         if kernel.render.signatures:
             return
-        note = threading.Timer(1.5, _log.warning, ["compiling the views kernel once (about 15 s)"])
+        note = threading.Timer(4, _log.warning, ["compiling the views kernel once (about 15 s)"])
         note.start()
         try:
             view = [View(1)]

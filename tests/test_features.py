@@ -1,0 +1,106 @@
+"""Features of a set, and their shape on constructed cases."""
+
+import numpy as np
+import pytest
+import torch
+from runs import Pixels, image_set
+
+from sslzoo.downstream.features import feature_std, features, rank_me, raw_pixels
+from sslzoo.errors import UserError
+from sslzoo.views import Clean
+
+
+def sphere(n: int, d: int) -> np.ndarray:
+    z = np.random.default_rng(0).standard_normal((n, d))
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def expected_features(encoder, images, rows):
+    x = torch.from_numpy(images.images[rows]).permute(0, 3, 1, 2).double() / 255
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.double).view(2, 3, 1, 1)
+    h = ((x - mean) / std).flatten(1)
+    if encoder is not None:
+        h = h @ encoder[1].weight.detach().double().T + encoder[1].bias.detach().double()
+    return (h / h.norm(dim=1, keepdim=True)).numpy()
+
+
+@pytest.mark.parametrize("rows", [None, [7, 3, 3, 20]])
+def test_features_are_unit_outputs_in_eval_mode_in_the_order_asked(rows):
+    encoder, images = Pixels(dropout=0.5), image_set()
+    z, found = features(encoder, images, Clean(8), rows, batch_size=5)
+    asked = list(range(24)) if rows is None else rows
+    assert found.tolist() == asked
+    assert z.dtype == np.float32
+    np.testing.assert_allclose(z, expected_features(encoder, images, asked), atol=1e-5)
+    assert encoder.training
+
+
+def test_an_encoder_in_eval_mode_stays_there_and_an_error_puts_a_training_one_back():
+    encoder = Pixels().eval()
+    features(encoder, image_set(), Clean(8))
+    assert not encoder.training
+    encoder.train()
+    with pytest.raises(RuntimeError):
+        features(encoder, image_set(), Clean(9))  # of another size than its layer takes
+    assert encoder.training
+
+
+def test_half_precision_is_close_and_comes_back_as_float32():
+    encoder, images = Pixels(dim=16), image_set()
+    whole, half = (features(encoder, images, Clean(8), half=half)[0] for half in (False, True))
+    assert half.dtype == np.float32
+    assert not np.array_equal(whole, half)
+    np.testing.assert_allclose(half, whole, atol=0.02)
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_encoder_that_diverged_is_named(value):
+    encoder = Pixels()
+    encoder[1].bias.data[2] = value
+    with pytest.raises(UserError, match="not finite"):
+        features(encoder, image_set(), Clean(8))
+
+
+def test_raw_pixels_are_the_normalised_image_as_one_vector():
+    images = image_set()
+    z, found = raw_pixels(images, Clean(8), [4, 1])
+    assert found.tolist() == [4, 1]
+    np.testing.assert_allclose(z, expected_features(None, images, [4, 1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [2, 16, 128])
+def test_spread_of_directions_over_the_whole_sphere_is_one(d):
+    assert feature_std(sphere(20_000, d)) == pytest.approx(1, abs=0.01)
+
+
+def test_spread_of_one_point_is_zero_and_of_a_narrow_cone_small():
+    point = sphere(1, 32)
+    assert feature_std(np.repeat(point, 50, axis=0)) == pytest.approx(0, abs=1e-12)
+    cone = point + 0.01 * sphere(500, 32)
+    assert 0 < feature_std(cone / np.linalg.norm(cone, axis=1, keepdims=True)) < 0.02
+
+
+def test_spread_of_two_opposite_points_is_that_of_their_coordinates():
+    z = np.array([[0.6, 0.8], [-0.6, -0.8]])
+    assert feature_std(z) == pytest.approx((0.6 + 0.8) / 2 * 2**0.5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_rank_of_equal_singular_values_is_their_number(rank):
+    rng = np.random.default_rng(0)
+    left, right = np.linalg.qr(rng.standard_normal((40, rank)))[0], np.linalg.qr(rng.standard_normal((16, rank)))[0]
+    assert rank_me(7 * left @ right.T) == pytest.approx(rank, rel=1e-4)
+
+
+def test_rank_is_the_exponential_of_the_entropy_of_singular_values():
+    sigma = np.array([5.0, 3.0, 1.0, 0.0])
+    p = sigma / 9 + 1e-7
+    assert rank_me(np.diag(sigma)) == pytest.approx(float(np.exp(-(p * np.log(p)).sum())))
+    assert 2 < rank_me(np.diag(sigma)) < 3
+
+
+def test_rank_is_measured_on_a_first_part_of_many_rows():
+    z = sphere(100, 8)
+    assert rank_me(z, limit=30) == rank_me(z[:30])
+    assert rank_me(z, limit=30) != rank_me(z)

@@ -1,0 +1,92 @@
+"""Nearest neighbours and their vote, against brute force."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sslzoo.downstream.knn import knn_top1, neighbours, vote
+from sslzoo.errors import UserError
+
+
+def unit_rows(n: int, d: int, seed: int = 0) -> np.ndarray:
+    z = np.random.default_rng(seed).standard_normal((n, d))
+    return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_neighbours_are_those_of_brute_force(k):
+    bank, queries = unit_rows(50, 8), unit_rows(9, 8, seed=1)
+    similarity, rows = neighbours(bank, queries, k)
+    for m in range(9):
+        all_of_them = [float(queries[m].astype(float) @ bank[n].astype(float)) for n in range(50)]
+        order = sorted(range(50), key=lambda n: -all_of_them[n])[:k]
+        assert rows[m].tolist() == order
+        assert similarity[m] == pytest.approx([all_of_them[n] for n in order], abs=1e-6)
+
+
+def test_neighbours_take_any_layout_and_precision():
+    bank, queries = unit_rows(20, 4), unit_rows(5, 4, seed=1)
+    expected = neighbours(bank, queries, 3)[1]
+    assert np.array_equal(neighbours(np.asfortranarray(bank), queries[::-1][::-1].astype(np.float64), 3)[1], expected)
+
+
+def slow_vote(similarity, labels, classes, temperature):
+    scores = [0.0] * classes
+    for s, label in zip(similarity, labels, strict=True):
+        scores[label] += math.exp((s - similarity[0]) / temperature)
+    return scores
+
+
+def test_votes_are_a_loop_over_neighbours():
+    rng = np.random.default_rng(0)
+    similarity = -np.sort(-rng.uniform(-1, 1, (6, 10)), axis=1)
+    labels = rng.integers(0, 4, (6, 10))
+    scores = vote(similarity, labels, 5, 0.07)
+    for m in range(6):
+        assert scores[m] == pytest.approx(slow_vote(similarity[m], labels[m], 5, 0.07))
+
+
+def test_votes_do_not_overflow_at_a_tiny_temperature():
+    assert vote(np.array([[1.0, 0.9, -1.0]]), np.array([[1, 0, 0]]), 2, 1e-4)[0].tolist() == [0, 1]
+
+
+def test_temperature_decides_between_the_nearest_and_the_many():
+    similarity, labels = np.array([[0.9, 0.6, 0.6, 0.6]]), np.array([[0, 1, 1, 1]])
+    assert vote(similarity, labels, 2, 0.07).argmax() == 0
+    assert vote(similarity, labels, 2, 10.0).argmax() == 1
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_accuracy_is_the_share_of_queries_whose_loop_of_votes_is_right(k):
+    rng = np.random.default_rng(2)
+    bank, queries = unit_rows(60, 6), unit_rows(40, 6, seed=3)
+    labels, truth = rng.integers(0, 3, 60), rng.integers(0, 3, 40)
+    right = 0
+    for m in range(40):
+        similarity = bank.astype(float) @ queries[m].astype(float)
+        order = np.argsort(-similarity)[:k]
+        right += int(np.argmax(slow_vote(similarity[order], labels[order], 3, 0.07)) == truth[m])
+    assert knn_top1(bank, labels, queries, truth, k, 0.07) == right / 40
+
+
+def test_a_bank_smaller_than_k_votes_as_a_whole():
+    bank, labels = unit_rows(5, 6), np.array([0, 0, 1, 1, 1])
+    queries, truth = unit_rows(8, 6, seed=1), np.zeros(8, int)
+    assert knn_top1(bank, labels, queries, truth, 200) == knn_top1(bank, labels, queries, truth, 5)
+    with pytest.raises(UserError, match="k=6 neighbours were asked of a bank of 5 images; set k to at most 5"):
+        neighbours(bank, queries, 6)
+
+
+def test_a_query_of_a_class_that_the_bank_lacks_counts_as_wrong():
+    bank, labels = unit_rows(10, 4), np.zeros(10, int)
+    assert knn_top1(bank, labels, bank, np.array([0] * 6 + [7] * 4), 3) == 0.6
+
+
+@pytest.mark.parametrize("side", ["bank", "queries"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_the_users_error(side, value):
+    rows = {"bank": unit_rows(10, 4), "queries": unit_rows(3, 4)}
+    rows[side][1, 2] = value
+    with pytest.raises(UserError, match="not finite"):
+        neighbours(rows["bank"], rows["queries"], 2)
