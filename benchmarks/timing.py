@@ -1,7 +1,6 @@
 """What the benchmarks share: a clock of CPU and wall time, turns in a new order each round, the facts of a run."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import random
@@ -63,8 +62,8 @@ def commit() -> str:
 
 def header(packages: list[str]) -> dict[str, str]:
     """Commit, versions of those ``packages`` that are installed, and the machine as it is now."""
-    installed = [name for name in packages if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))]
-    versions = {name: importlib.metadata.version(name) for name in installed}
+    known = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in packages if name in known}
     cpus, load = os.cpu_count(), os.getloadavg()[0]
     machine = f"{cpus} ({torch.backends.cpu.get_cpu_capability()}), load {load:.1f}"
     threads = str(torch.get_num_threads())

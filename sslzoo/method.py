@@ -4,6 +4,7 @@ Legend of shapes: B images per rank, V views, D encoder width, d projection, K k
 images, W ranks.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -122,9 +123,9 @@ class Method(pl.LightningModule, ABC):
         return self.loss(batch)
 
     @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps in one pass over the data."""
-        return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data; a short last accumulation makes one too."""
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.optim.set(optimizer, self.step, self.steps, self.steps_per_epoch)

@@ -15,6 +15,7 @@ KINDS = {
     "resnet10t, narrow, small stem": ({"name": "resnet10t", "stem": "small", "width": 0.25}, 32),
     "resnet10t, three convolutions in its stem": ({"name": "resnet10t"}, 64),
     "resnet50, narrow, small stem": ({"name": "resnet50", "stem": "small", "width": 0.25}, 32),
+    "resnet18, GroupNorm": ({"name": "resnet18", "width": 0.25, "norm": "group"}, 64),
     "vit_tiny": ({"name": "vit_tiny_patch16_224"}, 224),
     "vit_tiny at 32 pixels": ({"name": "vit_tiny_patch16_224", "options": SMALL_VIT}, 32),
     "convnext_atto": ({"name": "convnext_atto"}, 64),
@@ -27,6 +28,7 @@ MEANT = {  # dim, widths, strides
     "resnet10t, narrow, small stem": (128, [16, 32, 64, 128], [1, 2, 4, 8]),
     "resnet10t, three convolutions in its stem": (512, [64, 128, 256, 512], [4, 8, 16, 32]),
     "resnet50, narrow, small stem": (512, [64, 128, 256, 512], [1, 2, 4, 8]),
+    "resnet18, GroupNorm": (128, [16, 32, 64, 128], [4, 8, 16, 32]),
     "vit_tiny": (192, [192] * 4, [16] * 4),
     "vit_tiny at 32 pixels": (192, [192] * 4, [8] * 4),
     "convnext_atto": (320, [40, 80, 160, 320], [4, 8, 16, 32]),
@@ -116,6 +118,14 @@ def test_options_reach_timm(zero):
     assert all((weight == (0 if zero else 1)).all() for weight in lasts)
 
 
+def test_group_norm_gives_an_image_the_same_feature_whatever_its_batch():
+    encoder = Encoder("resnet18", stem="small", width=0.25, norm="group").train()
+    x = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(encoder(x)[:1], encoder(x[:1]), rtol=1e-4, atol=1e-5)
+    plain = Encoder("resnet18", stem="small", width=0.25).train()
+    assert not torch.allclose(plain(x)[:1], plain(x[:2])[:1], rtol=1e-2)
+
+
 def test_weights_are_channels_last_and_values_do_not_depend_on_it():
     encoder = Encoder("resnet18", stem="small", width=0.25).eval()
     assert encoder.net.conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -138,6 +148,7 @@ def test_every_parameter_is_trained_by_the_feature():
         ({"name": "resnet51"}, "encoder.name=resnet51 is no timm model; near names: resne"),
         ({"name": "qqqqq"}, "encoder.name=qqqqq is no timm model; timm.list_models"),
         ({"name": "resnet18", "stem": "big"}, "encoder.stem=big is none of imagenet, small"),
+        ({"name": "resnet18", "norm": "layer"}, "encoder.norm=layer is none of batch, group"),
         ({"name": "vit_tiny_patch16_224", "stem": "small"}, "are for ResNets, vit_tiny_patch16_224 is none"),
         ({"name": "convnext_atto", "width": 2.0}, "encoder.width=2.0 are for ResNets"),
         ({"name": "resnet18", "stem": "small", "pretrained": True}, "fit encoder.stem=imagenet"),

@@ -134,9 +134,7 @@ STORED = {  # what the camera stores, for each tag, when the scene is `a`
 @pytest.mark.parametrize("tag", STORED)
 def test_exif_orientation_is_undone(tmp_path, suffix, tag):
     options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
-    file = oriented(
-        tmp_path / f"a.{suffix}", tag, pixels=np.ascontiguousarray(STORED[tag](smooth())), **options
-    )
+    file = oriented(tmp_path / f"a.{suffix}", tag, pixels=np.ascontiguousarray(STORED[tag](smooth())), **options)
     pixels = decode(file)
     assert pixels.flags.c_contiguous
     assert pixels.shape == smooth().shape
@@ -186,9 +184,7 @@ def test_damage_inside_a_jpeg_is_an_error_although_pillow_decodes_it(tmp_path):
         decode(file)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"), [(b"", "empty"), (b"hello, not a picture", "not a known picture")]
-)
+@pytest.mark.parametrize(("data", "reason"), [(b"", "empty"), (b"hello, not a picture", "not a known picture")])
 def test_a_file_that_is_no_picture_is_an_error(tmp_path, data, reason):
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(CorruptImage) as error:
@@ -380,9 +376,7 @@ def test_npz_reads_images_and_labels(tmp_path):
 def test_npz_takes_gray_images_flat_labels_and_no_val(tmp_path):
     gray = np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4)
     labels = np.arange(6)
-    file = archive(
-        tmp_path / "a.npz", train_images=gray, train_labels=labels, val_images=None, val_labels=None
-    )
+    file = archive(tmp_path / "a.npz", train_images=gray, train_labels=labels, val_images=None, val_labels=None)
     train, val = load("npz", file)
     np.testing.assert_array_equal(train.images, np.stack([gray] * 3, axis=3))
     assert train.labels.tolist() == list(range(6))
@@ -504,9 +498,7 @@ def test_stl10_trains_on_labelled_and_unlabelled_images(tmp_path, monkeypatch):
     train, val = load("stl10", tmp_path)
     assert train.labels.tolist() == [0, 9, -1, -1]
     assert val.labels.tolist() == [0, 9]
-    np.testing.assert_array_equal(
-        train.images[2], pixels[0].transpose(2, 1, 0)
-    )  # STL-10 stores columns first
+    np.testing.assert_array_equal(train.images[2], pixels[0].transpose(2, 1, 0))  # STL-10 stores columns first
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn", "fashion_mnist"])

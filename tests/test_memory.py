@@ -152,6 +152,11 @@ def test_no_value_of_a_memory_is_read_by_the_host():
     queue.push(z)
 
 
+def test_printed_memories_tell_their_sizes():
+    assert repr(Queue(10, 4)) == "Queue(size=10, dim=4)"
+    assert repr(Bank(10, 4, 0.25)) == "Bank(size=10, dim=4, momentum=0.25)"
+
+
 # Under DDP
 
 

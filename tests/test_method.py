@@ -1,11 +1,14 @@
 """The plumbing of a method under a real trainer: rate, steps, hooks, memories, randomness."""
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from runs import Pixels, Pull, images, trainer, weights
 from torch import nn
 
+from sslzoo.blocks.norm import SyncBatchNorm
 from sslzoo.memory import Bank, Queue
 from sslzoo.method import Batch
 from sslzoo.optim import Optim, warmup_cosine
@@ -136,6 +139,21 @@ def test_dropout_differs_between_steps_parts_and_seeds():
         trainer(max_epochs=1, accumulate_grad_batches=2).fit(method, datamodule=images())
     assert len(found) == 12
     assert len({tuple(mask.tolist()) for mask in found}) == 12
+
+
+class Synced(Pull):
+    sync_batchnorm = True
+
+
+@pytest.mark.parametrize(("kind", "world", "synced"), [(Synced, 2, True), (Synced, 1, False), (Pull, 2, False)])
+def test_batchnorm_is_over_all_ranks_where_a_method_asks_for_it_and_there_are_several(kind, world, synced):
+    seen = SimpleNamespace(world_size=world, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    encoder = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    scale = encoder[1].weight
+    method = type("Method", (kind,), {"trainer": seen})(encoder)
+    method.configure_model()
+    assert isinstance(method.encoder[1], SyncBatchNorm) == synced
+    assert method.encoder[1].weight is scale
 
 
 def test_a_method_trains_in_a_loop_of_ones_own():

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,24 @@ def test_buffers_are_reused():
     places = [batch.views[0].data_ptr() for batch in loader(image_set(80))]
     assert len(places) == 20
     assert len(set(places)) == Loader.AHEAD + 1
+
+
+def test_buffers_that_a_gpu_still_reads_are_not_written_to(monkeypatch):
+    copied = threading.Event()
+    monkeypatch.setattr("sslzoo.data.module._event", lambda: SimpleNamespace(synchronize=copied.wait))
+    views = Views([View(8)])
+    views.buffers, pinned = lambda batch, pin: pinned.append(pin) or Views.buffers(views, batch), []
+    source = Loader(image_set(26), views, 4, workers=2, pin=True)
+    made = []
+    source.make, make = lambda position, out: made.append(position) or make(position, out), source.make
+    iterator = iter(source)
+    next(iterator), next(iterator)  # the first batch's buffers are free once its copy is done
+    wait_until(lambda: made == [0, 1, 2])
+    time.sleep(0.05)
+    assert made == [0, 1, 2]
+    copied.set()
+    wait_until(lambda: made == [0, 1, 2, 3])
+    assert pinned == [True] * 3
 
 
 def test_batches_are_made_ahead_of_being_asked_for():

@@ -75,9 +75,7 @@ def test_exposure_and_cast_scale_each_channel_within_their_range(sources, plain,
     after = photos.cut(sources, 10, validation=False).images
     for plain_patch, patch in zip(before, after, strict=True):
         for channel in range(3):
-            kept = (patch[..., channel] < 255) & (
-                plain_patch[..., channel] > 40
-            )  # neither clipped nor coarse
+            kept = (patch[..., channel] < 255) & (plain_patch[..., channel] > 40)  # neither clipped nor coarse
             if kept.sum() > 50:
                 gains = patch[..., channel][kept] / plain_patch[..., channel][kept]
                 assert np.ptp(gains) < 0.05

@@ -210,25 +210,18 @@ def _npz(file: Path) -> tuple[ImageSet, ImageSet | None]:
             found = ", ".join(archive.files)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         says = " ".join(str(error).split())
-        raise UserError(
-            f"{file} is damaged or holds more than plain arrays ({says}); write it anew"
-        ) from error
+        raise UserError(f"{file} is damaged or holds more than plain arrays ({says}); write it anew") from error
     splits = ["train", "val"] if any(key.startswith("val_") for key in arrays) else ["train"]
     for key in (f"{split}_{part}" for split in splits for part in ("images", "labels")):
         if key not in arrays:
-            raise UserError(
-                f"{file} has no array {key}, only: {found}; add it, or rename the one that is meant"
-            )
+            raise UserError(f"{file} has no array {key}, only: {found}; add it, or rename the one that is meant")
     images = {split: _npz_images(file, f"{split}_images", arrays[f"{split}_images"]) for split in splits}
     labels = {
-        split: _npz_labels(file, f"{split}_labels", arrays[f"{split}_labels"], len(images[split]))
-        for split in splits
+        split: _npz_labels(file, f"{split}_labels", arrays[f"{split}_labels"], len(images[split])) for split in splits
     }
     classes = [str(k) for k in range(labels["train"].max() + 1)]
     if "val" in splits and (unknown := set(labels["val"].tolist()) - set(labels["train"].tolist())):
-        raise UserError(
-            f"{file}: val_labels has class {min(unknown)}, which train_labels lacks; take it out of val"
-        )
+        raise UserError(f"{file}: val_labels has class {min(unknown)}, which train_labels lacks; take it out of val")
     sets = [ImageSet(labels[split], classes, images[split], None, "npz") for split in splits]
     return sets[0], sets[1] if "val" in splits else None
 

@@ -64,3 +64,6 @@ class Bar(pl.Callback):
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    def on_exception(self, trainer, method, exception) -> None:
+        self.teardown(trainer, method, None)  # Lightning does not: the cursor would stay hidden

@@ -1,0 +1,61 @@
+"""Benchmarks run and print every row; how fast anything is, a busy machine cannot say."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAIRS = ("32 / 32", "bf16 / bf16", "auto / 32")
+
+
+@pytest.fixture(scope="module")
+def timing():
+    spec = importlib.util.spec_from_file_location("timing", ROOT / "benchmarks" / "timing.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_ratio_is_the_median_over_rounds_and_not_the_ratio_of_medians(timing):
+    above = [timing.Seconds(2, 3), timing.Seconds(10, 9), timing.Seconds(8, 1)]
+    below = [timing.Seconds(1, 1), timing.Seconds(10, 1), timing.Seconds(2, 1)]
+    assert timing.ratio(above, below) == (2, 3)
+
+
+def test_every_row_is_measured_once_a_round(timing):
+    calls = []
+
+    def row(name):
+        return lambda: calls.append(name) or timing.Seconds(1, 1)
+
+    times = timing.interleaved({"a": row("a"), "b": row("b")}, rounds=3)
+    assert [len(values) for values in times.values()] == [3, 3]
+    assert sorted(calls[:2]) == sorted(calls[2:4]) == sorted(calls[4:]) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_pretraining_benchmark_gives_every_ratio(tmp_path):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, ROOT / "benchmarks" / "pretrain.py", "--quick", "--json", tmp_path / "out.json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {"commit", "torch", "lightly", "pytorch-lightning", "threads", "cpus"} <= set(record)
+    assert record["torch"] == torch.__version__.partition("+")[0]
+    assert [result["encoder"] for result in record["results"]] == ["resnet10t, width 0.25", "resnet18"]
+    for result in record["results"]:
+        rows = {row["row"]: row for row in result["ratios"]}
+        assert sum("/ limit" in name for name in rows) == 2
+        assert all(f"images/s, sslzoo / lightly, {pair}" in rows for pair in PAIRS)
+        assert all(math.isfinite(row[clock]) and row[clock] > 0 for row in rows.values() for clock in ("cpu", "wall"))
+        assert all(name in done.stdout for name in rows)
+        assert len(result["seconds"]) == 6
