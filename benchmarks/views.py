@@ -8,14 +8,10 @@ the median of the rounds' ratios. CPU time counts, so a busy machine slows the f
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from math import ceil
@@ -28,6 +24,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from skimage import data
+from timing import header
 from torchvision.transforms import v2
 
 from sslzoo.views import Blur, Jitter, View, Views
@@ -130,22 +127,6 @@ def measure(rows: dict[str, Callable], count: int, rounds: int) -> dict[str, lis
     return times
 
 
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def header() -> dict[str, str]:
-    packages = ["torch", "torchvision", "lightly", "kornia", "numba", "pillow"]
-    installed = [name for name in packages if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))]
-    versions = {name: importlib.metadata.version(name) for name in installed}
-    cpus, load = os.cpu_count(), os.getloadavg()[0]
-    return {"commit": commit(), **versions, "python": platform.python_version(), "cpus": f"{cpus}, load {load:.1f}"}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -154,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
 
-    console, facts, record = Console(), header(), []
+    console, facts, record = Console(), header(["torch", "torchvision", "lightly", "kornia", "numba", "pillow"]), []
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
     for size, count, width, height in ((32, 256, 32, 32), (224, 24, 500, 375)):
         times = measure(contestants(photographs(count, width, height), size), count, arguments.rounds)

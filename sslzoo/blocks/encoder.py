@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         self.net = _build(name, stem, width, pretrained, self.config["options"])
         if norm == "group":
             group_norm_weight_standardisation(self.net)
-        self.dim: int = self.net.num_features
+        self.dim: int = self.net.head_hidden_size
         stages = self.net.feature_info[-4:]
         shrink = 4 if stem == "small" else 1
         self.widths: list[int] = [stage["num_chs"] for stage in stages]
