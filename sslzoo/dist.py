@@ -93,34 +93,21 @@ def all_sum_with_grad(x: Tensor) -> Tensor:
     return _AllSum.apply(x) if world() > 1 else x
 
 
-def in_groups(forward: Callable[[Tensor], Tensor], x: Tensor, groups: int) -> Tensor:
-    """``forward`` on each of ``groups`` equal parts of the world's batch, as that many devices would run it.
-
-    BatchNorm in train mode then takes its statistics over one part. ``groups`` counts over the world: a rank
-    runs ``groups / W`` of them, and at least one. ``(B, ...) -> (B, ...)``.
-    """
-    parts = max(1, groups // world())
-    if parts == 1:
-        return forward(x)
-    return torch.cat([forward(part) for part in x.chunk(parts)])
-
-
 @torch.no_grad()
-def shuffled(forward: Callable[[Tensor], Tensor], x: Tensor, order: Tensor, groups: int = 1) -> Tensor:
+def shuffled(forward: Callable[[Tensor], Tensor], x: Tensor, order: Tensor) -> Tensor:
     """Keys by Shuffling BN (MoCo, sec. 3.3): encode a random share of the world's images, undo the order.
 
     A key is then normalised with other images than its query, so BatchNorm statistics do not give the pair
-    away. On one device the same is reached by splitting the batch into ``groups`` parts.
+    away. On one device the order alone changes nothing: there BatchNorm must work in groups (``blocks.norm``).
 
     Args:
         forward: the key encoder, ``(b, ...) -> (b, d)``.
         x: this rank's views, ``(B, 3, H, W)``.
         order: one permutation of ``W * B``, equal on all ranks.
-        groups: BatchNorm groups over the world's batch.
 
     Returns:
         This rank's keys ``(B, d)`` in the order of ``x``, without a gradient.
     """
     order = order.to(x.device)
-    keys = all_gather(in_groups(forward, mine(all_gather(x)[order]), groups))
+    keys = all_gather(forward(mine(all_gather(x)[order])))
     return mine(keys[order.argsort()])

@@ -119,7 +119,10 @@ class Method(pl.LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step = self.trainer.global_step
         # Dropout and stochastic depth draw from here: the same in a resumed run, different on each rank.
-        torch.manual_seed(hash((self.seed, self.step, batch_idx, rank())) % 2**63)
+        seed = hash((self.seed, self.step, batch_idx, rank())) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device each time
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         return self.loss(batch)
 
     @property

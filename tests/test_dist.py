@@ -41,9 +41,8 @@ def collect(rank):
         "broadcast": broadcast,
         "gathered with gradient": (whole.detach(), gathered.grad),
         "summed with gradient": (total.detach(), summed.grad),
-        "in groups": [dist.in_groups(centred, x, groups) for groups in (1, 2, 4)],
-        "shuffled": [dist.shuffled(centred, x, ORDER, groups) for groups in (1, 2, 4)],
-        "order undone": dist.shuffled(lambda rows: rows, x, ORDER, 2),
+        "shuffled": dist.shuffled(centred, x, ORDER),
+        "order undone": dist.shuffled(lambda rows: rows, x, ORDER),
         "tracked": any(t.requires_grad for t in untracked),
     }
 
@@ -103,24 +102,11 @@ def grouped(x, order, groups):
     return result
 
 
-@pytest.mark.parametrize(("place", "groups"), [(1, 2), (2, 4)])
-def test_groups_count_over_the_world_and_keep_the_order_of_rows(ranks, place, groups):
-    expected = grouped(X, torch.arange(8), groups)
-    close(torch.cat([found["in groups"][place] for found in ranks]), expected)
-    close(collect(0)["in groups"][place], expected)
-
-
-def test_a_rank_runs_at_least_one_group(ranks):
-    close(torch.cat([found["in groups"][0] for found in ranks]), grouped(X, torch.arange(8), 2))
-    close(collect(0)["in groups"][0], grouped(X, torch.arange(8), 1))
-
-
-@pytest.mark.parametrize(("place", "groups"), [(1, 2), (2, 4)])
-def test_shuffling_normalises_a_key_with_a_random_group_and_undoes_the_order(ranks, place, groups):
-    expected = grouped(X, ORDER, groups)
-    close(torch.cat([found["shuffled"][place] for found in ranks]), expected)
-    close(collect(0)["shuffled"][place], expected)
-    assert not torch.allclose(expected, grouped(X, torch.arange(8), groups))
+def test_shuffling_normalises_a_key_with_a_random_share_and_undoes_the_order(ranks):
+    expected = grouped(X, ORDER, 2)
+    close(torch.cat([found["shuffled"] for found in ranks]), expected)
+    close(collect(0)["shuffled"], grouped(X, ORDER, 1))
+    assert not torch.allclose(expected, grouped(X, torch.arange(8), 2))
 
 
 def test_order_is_undone_to_the_bit(ranks):

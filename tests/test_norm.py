@@ -11,7 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslzoo import dist
-from sslzoo.blocks.norm import SyncBatchNorm, group_norm_weight_standardisation, standardised, sync_batchnorm
+from sslzoo.blocks.norm import (
+    SyncBatchNorm,
+    group_batchnorm,
+    group_norm_weight_standardisation,
+    standardised,
+    sync_batchnorm,
+)
 from sslzoo.errors import UserError
 
 KINDS = {
@@ -177,3 +183,29 @@ def test_group_norm_equals_its_parts():
 def test_channels_that_do_not_split_into_groups_are_refused():
     with pytest.raises(UserError, match="10 channels do not split into 16 groups"):
         group_norm_weight_standardisation(nn.Sequential(nn.BatchNorm1d(10)))
+
+
+@pytest.mark.parametrize("bn", [nn.BatchNorm1d(5), nn.BatchNorm2d(5, momentum=0.3), BatchNormAct2d(5)], ids=str)
+def test_batchnorm_in_groups_equals_plain_batchnorm_on_each_part_in_turn(bn):
+    shape = (8, 5) if isinstance(bn, nn.BatchNorm1d) else (8, 5, 3, 4)
+    plain, x = copy.deepcopy(bn).double(), torch.randn(shape, dtype=torch.double)
+    parted = group_batchnorm(copy.deepcopy(bn).double(), 4)
+    weigh = torch.linspace(-1, 2, x.numel(), dtype=torch.double).view(shape)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = parted(ours)
+    expected = torch.cat([plain(part) for part in theirs.chunk(4)])
+    (y * weigh).sum().backward()
+    (expected * weigh).sum().backward()
+    close(y, expected)
+    close(ours.grad, theirs.grad)
+    close(parted.weight.grad, plain.weight.grad)
+    for name, value in plain.state_dict().items():
+        close(parted.state_dict()[name], value)
+    close(parted.eval()(x), plain.eval()(x))
+    assert not torch.allclose(y, group_batchnorm(parted.train(), 1)(x))
+
+
+def test_one_group_leaves_batchnorm_as_it_is():
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    assert type(group_batchnorm(net, 1)[1]) is nn.BatchNorm1d
+    assert [*group_batchnorm(net, 2).state_dict()] == [*nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).state_dict()]

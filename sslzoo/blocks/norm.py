@@ -58,6 +58,32 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(x)))
 
 
+class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm with statistics of its own for each of ``groups`` equal parts of the world's batch.
+
+    As that many devices would compute it, running statistics included, though all other layers see the batch whole:
+    a network run part by part would prepare its weights and sum their gradients once a part.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts, norm = max(1, self.groups // world()), super().forward
+        if not self.training or parts == 1:
+            return norm(x)
+        return torch.cat([norm(part) for part in x.chunk(parts)])
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any ``(B, C, ...)``."""
+
+
+class GroupedBatchNormAct(GroupedBatchNorm):
+    """The same for timm's BatchNorm that has dropout and activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 class StandardisedConv2d(nn.Conv2d):
     """Convolution by weights of mean 0 and variance 1 / fan-in per output channel (Qiao et al. 2019)."""
 
@@ -94,6 +120,15 @@ def sync_batchnorm(module: nn.Module, device: torch.device | None = None) -> nn.
     return _changed(module, lambda part: _synced(part, device.type == "cuda"))
 
 
+def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
+    """``module`` with every BatchNorm taking its statistics over one of ``groups`` parts of the world's batch.
+
+    Raises:
+        UserError: on a kind of BatchNorm that is neither torch's nor timm's.
+    """
+    return _changed(module, lambda part: _grouped(part, groups))
+
+
 def group_norm_weight_standardisation(module: nn.Module, groups: int = 16) -> nn.Module:
     """``module`` without batch statistics: GroupNorm for every BatchNorm, standardised weights in conv and linear.
 
@@ -120,15 +155,28 @@ def _synced(bn: nn.Module, gpu: bool) -> nn.Module:
         return bn
     _check_kind(bn, (*TORCHS, BatchNormAct2d))
     plain, act = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct) if gpu else (SyncBatchNorm, SyncBatchNormAct)
-    kind = act if type(bn) is BatchNormAct2d else plain
-    synced = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
+    return _same(bn, act if type(bn) is BatchNormAct2d else plain)
+
+
+def _grouped(bn: nn.Module, groups: int) -> nn.Module:
+    if isinstance(bn, nn.modules.batchnorm._BatchNorm) and not isinstance(bn, GroupedBatchNorm) and groups > 1:
+        _check_kind(bn, (*TORCHS, BatchNormAct2d))
+        bn = _same(bn, GroupedBatchNormAct if type(bn) is BatchNormAct2d else GroupedBatchNorm)
+    if isinstance(bn, GroupedBatchNorm):
+        bn.groups = groups
+    return bn
+
+
+def _same(bn: nn.Module, kind: type) -> nn.Module:
+    """``bn`` as another ``kind`` of BatchNorm."""
+    new = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, device="meta")
     # The very same tensors: an optimizer or an EMA that knows them goes on as before.
-    synced.weight, synced.bias = bn.weight, bn.bias
-    synced.running_mean, synced.running_var = bn.running_mean, bn.running_var
-    synced.num_batches_tracked = bn.num_batches_tracked
+    new.weight, new.bias = bn.weight, bn.bias
+    new.running_mean, new.running_var = bn.running_mean, bn.running_var
+    new.num_batches_tracked = bn.num_batches_tracked
     for name, child in bn.named_children():  # timm's dropout and activation
-        setattr(synced, name, child)
-    return synced.train(bn.training)
+        setattr(new, name, child)
+    return new.train(bn.training)
 
 
 def _without_batch(part: nn.Module, groups: int) -> nn.Module:

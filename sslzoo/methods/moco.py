@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 
 from sslzoo.blocks import EMA, MLP, Encoder
-from sslzoo.dist import in_groups, shuffled, world
+from sslzoo.blocks.norm import group_batchnorm
+from sslzoo.dist import shuffled, world
 from sslzoo.errors import UserError
 from sslzoo.losses import info_nce, unit
 from sslzoo.memory import Queue
@@ -49,7 +50,7 @@ class MoCo(Method):
         symmetric: bool = False,
         bn_groups: int = 8,
     ):
-        super().__init__(encoder, optim)
+        super().__init__(group_batchnorm(encoder, bn_groups), optim)
         self.projector = MLP(*[encoder.dim] * layers, dim)
         self.target = EMA(self.encoder, self.projector)
         self.queue = Queue(queue_size, dim)
@@ -66,9 +67,10 @@ class MoCo(Method):
     def contrast(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Queries from ``x1`` against keys from ``x2``, both ``(B, 3, H, W)``."""
         self.check(world() * len(x1))
-        q = unit(in_groups(lambda x: self.projector(self.encoder(x)), x1, self.bn_groups))  # (B, d)
-        order = permutation(self.seed, self.step, world() * len(x1))
-        k = unit(shuffled(self.target, x2, order, self.bn_groups))  # (B, d), BatchNorm cannot match q to k
+        # Keys first: no activations are held meanwhile, so their memory serves the query next.
+        order = permutation(self.seed, self.step, world() * len(x2))
+        k = unit(shuffled(self.target, x2, order))  # (B, d), BatchNorm cannot match q to k
+        q = unit(self.projector(self.encoder(x1)))  # (B, d)
         self.fresh.append(k)
         return info_nce(q, k, self.queue.keys, self.temperature)
 
