@@ -59,3 +59,16 @@ def test_pretraining_benchmark_gives_every_ratio(tmp_path):
         assert all(math.isfinite(row[clock]) and row[clock] > 0 for row in rows.values() for clock in ("cpu", "wall"))
         assert all(name in done.stdout for name in rows)
         assert len(result["seconds"]) == 6
+
+
+def test_zoo_table_states_mean_and_deviation_over_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import zoo
+
+    keys = ("knn_top1_raw_pixels", "knn_top1_random_init", "knn_top1", "seconds", "images_per_second", "peak_memory_mb")
+    seeds = [
+        dict(zip(keys, values, strict=True)) for values in ((0.4, 0.5, 0.6, 10, 99, 7), (0.4, 0.5, 0.8, 20, 101, 9))
+    ]
+    assert zoo.row("moco", seeds)[:5] == ["moco", "40.0 ± 0.0", "50.0 ± 0.0", "70.0 ± 14.1", "+20.0 ± 14.1"]
+    assert zoo.row("moco", seeds[:1])[3:6] == ["60.0", "+10.0", "10"]
+    assert zoo.row("moco", [])[1] == "failed"
