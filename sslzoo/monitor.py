@@ -231,13 +231,15 @@ class Checkpoint(pl.Callback):
         self._asked = number
 
     def on_train_batch_end(self, trainer, method, outputs, batch, batch_idx) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 < trainer.num_training_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # gradients of a half-accumulated step are not in a checkpoint
+        if batch_idx + 1 == trainer.num_training_batches:
+            return  # the epoch's end, with its kNN, comes first
         if trainer.world_size > 1 and trainer.global_step % self.EVERY:
             return  # ranks agree rarely: to ask costs a synchronisation
         due = time.monotonic() - self._written > 60 * self.minutes
         due |= bool(self.steps) and trainer.global_step % self.steps == 0
-        asked = trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
+        asked = self._stop_asked(trainer)
         if trainer.strategy.reduce_boolean_decision(due, all=False) or asked:
             self.write(trainer)
         if asked:
@@ -245,6 +247,11 @@ class Checkpoint(pl.Callback):
 
     def on_train_epoch_end(self, trainer, method) -> None:
         self.write(trainer)
+        if self._stop_asked(trainer) and trainer.global_step < method.steps:
+            raise Stopped(self._asked or signal.SIGTERM)
+
+    def _stop_asked(self, trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
 
     def write(self, trainer) -> None:
         """Write the checkpoint, whole; every rank takes part."""

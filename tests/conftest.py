@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 DATA = Path(__file__).parent / "data"
+torch.set_num_threads(1)  # before any fixture: sums are the same to the bit for one number of threads only
 
 
 @pytest.fixture(autouse=True)

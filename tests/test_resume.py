@@ -86,6 +86,26 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, kil
     assert_same_run(unbroken, run_dir)
 
 
+@pytest.mark.parametrize("deaths", [(4, 7), (2, 6), (4, 6, 9, 11), (7, 8), (1, 13)])
+def test_killed_several_times_equals_unbroken(tmp_path, monkeypatch, unbroken, deaths):
+    run_dir = tmp_path / "broken"
+    original = Metrics.on_train_batch_start
+
+    for life, death in enumerate(deaths):
+
+        def die(self, trainer, *rest, death=death):
+            if trainer.global_step == death:
+                raise Killed
+            original(self, trainer, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Metrics, "on_train_batch_start", die)
+            with pytest.raises(Killed):
+                run([f"resume={run_dir}"] if life else [*SMALL, f"run_dir={run_dir}", "checkpoint.steps=3"])
+    run([f"resume={run_dir}"])
+    assert_same_run(unbroken, run_dir)
+
+
 @pytest.mark.slow
 def test_sigterm_then_sigkill_then_resume_equals_unbroken(tmp_path, unbroken):
     run_dir = tmp_path / "signalled"
