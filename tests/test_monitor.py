@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from runs import Flaky, Pixels, Pull, image_set, images, trainer, weights
 
+from runs import Flaky, Pixels, Pull, image_set, images, trainer, weights
 from sslzoo.data.images import ImageSet
 from sslzoo.downstream.features import feature_std, features, rank_me, raw_pixels
 from sslzoo.downstream.knn import knn_top1
