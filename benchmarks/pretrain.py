@@ -38,7 +38,6 @@ from lightly.transforms import MoCoV2Transform, SimCLRTransform
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from timing import Seconds, header, interleaved, median, ratio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,6 +49,7 @@ from sslzoo.data.module import Images, Loader
 from sslzoo.method import Batch, Method
 from sslzoo.monitor import Metrics
 from sslzoo.tasks import build_method, device, images
+from timing import Seconds, header, interleaved, median, ratio
 
 STEP_TARGET = 1.10  # a step over its limit
 PRECISIONS = ("32-true", "bf16-mixed")

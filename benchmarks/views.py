@@ -24,10 +24,10 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from skimage import data
-from timing import header
 from torchvision.transforms import v2
 
 from sslzoo.views import Blur, Jitter, View, Views
+from timing import header
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PEER = "lightly MoCoV2Transform, PIL"

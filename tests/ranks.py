@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from conftest import on_ranks
 
+from conftest import on_ranks
 from sslzoo import dist
 from sslzoo.method import Batch, Method
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import Tiny, close
 from lightly.loss import NegativeCosineSimilarity
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from torch import nn
 
+from conftest import Tiny, close
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.losses import unit

@@ -6,11 +6,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import Tiny
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from skimage import color, data, filters
 from torch import nn
 
+from conftest import Tiny
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks.split import LabEncoder, edges, lab, ycbcr
 from sslzoo.errors import UserError
 from sslzoo.losses import first_of, unit

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import Tiny
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from torch import nn
 
+from conftest import Tiny
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks.context import Context
 from sslzoo.blocks.patches import PatchEncoder, distorted
 from sslzoo.errors import UserError

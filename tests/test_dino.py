@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import Tiny
 from lightly.loss import DINOLoss
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from timm.layers import DropPath
 from torch import nn
 
+from conftest import Tiny
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.config import built, composed

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import close, on_ranks
 
+from conftest import close, on_ranks
 from sslzoo import dist
 
 X = torch.arange(24, dtype=torch.double).view(8, 3).square() % 11

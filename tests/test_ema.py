@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import Tiny, close
 from torch import nn
 
+from conftest import Tiny, close
 from sslzoo.blocks.ema import EMA
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from runs import Pixels, image_set
 
+from runs import Pixels, image_set
 from sslzoo.downstream.features import feature_std, features, rank_me, raw_pixels
 from sslzoo.errors import UserError
 from sslzoo.views import Clean

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from conftest import Tiny
 from ranks import assert_same, random_batches, train_alone, train_on_ranks
-
 from sslzoo.errors import UserError
 from sslzoo.losses import unit
 from sslzoo.methods.instdisc import InstDisc

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import Tiny
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from torch.nn.functional import normalize
 
+from conftest import Tiny
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.methods.invaspread import InvaSpread, invaspread
 from sslzoo.optim import Optim
 

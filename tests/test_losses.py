@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import close, on_ranks
 from torch.nn.functional import log_softmax, normalize
 
+from conftest import close, on_ranks
 from sslzoo import dist
 from sslzoo.losses import full, info_nce, nt_xent, over_pairs, swapped_cross_entropy, unit
 

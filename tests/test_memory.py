@@ -4,12 +4,12 @@ from collections import deque
 
 import pytest
 import torch
-from conftest import close, on_ranks
 from scipy.stats import chisquare
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from conftest import close, on_ranks
 from sslzoo import dist
 from sslzoo.memory import Bank, Queue, memory_buffers
 from sslzoo.views.draw import integers

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from runs import Pixels, Pull, images, trainer, weights
 from torch import nn
 
+from runs import Pixels, Pull, images, trainer, weights
 from sslzoo.blocks.norm import SyncBatchNorm
 from sslzoo.memory import Bank, Queue
 from sslzoo.method import Batch

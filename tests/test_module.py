@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import Flaky, Pull, image_set, images, trainer
 
+from runs import Flaky, Pull, image_set, images, trainer
 from sslzoo.data.decode import CorruptImage
 from sslzoo.data.module import Loader, Reader, clean_batches, default_workers, epoch_order
 from sslzoo.errors import UserError

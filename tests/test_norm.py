@@ -5,11 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import close, on_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conftest import close, on_ranks
 from sslzoo import dist
 from sslzoo.blocks.norm import (
     SyncBatchNorm,

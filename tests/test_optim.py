@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import close
 from torch import nn
 
+from conftest import close
 from sslzoo.errors import UserError
 from sslzoo.optim import LARS, Optim, cosine, stepwise, warmup_cosine
 

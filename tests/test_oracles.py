@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import Tiny, close, on_ranks
 from torch.nn.functional import normalize
 
+from conftest import Tiny, close, on_ranks
 from sslzoo import dist
 from sslzoo.losses import info_nce
 from sslzoo.memory import Queue

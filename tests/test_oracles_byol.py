@@ -1,10 +1,10 @@
 """BYOL against the official JAX code, in float64 (its rate warms up in float32)."""
 
 import torch
-from conftest import close
 from torch import nn
 from torch.nn import functional as F
 
+from conftest import close
 from sslzoo.blocks import MLP
 from sslzoo.losses import over_pairs, unit
 from sslzoo.method import Batch

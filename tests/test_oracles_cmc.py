@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import close
 from torch import nn
 
+from conftest import close
 from sslzoo.memory import Bank
 from sslzoo.methods.cmc import CMC
 

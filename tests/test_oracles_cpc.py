@@ -1,9 +1,9 @@
 """CPC's InfoNCE against lightning-bolts (unofficial: no official image code exists), in float64."""
 
 import pytest
-from conftest import close
 from torch.nn import functional as F
 
+from conftest import close
 from sslzoo.methods.cpc import patch_info_nce
 
 

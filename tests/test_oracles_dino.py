@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, Oracle, Tiny, close, on_ranks
 from torch import nn
 
+from conftest import DATA, Oracle, Tiny, close, on_ranks
 from sslzoo.method import Batch
 from sslzoo.methods.dino import DINO, DINOHead
 from sslzoo.optim import Optim

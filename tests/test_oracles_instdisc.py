@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Tiny, close
 
+from conftest import Tiny, close
 from sslzoo.memory import Bank
 from sslzoo.methods.instdisc import InstDisc
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import close
 
+from conftest import close
 from sslzoo.methods.invaspread import invaspread
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Tiny, close, on_ranks
 
+from conftest import Tiny, close, on_ranks
 from sslzoo.blocks.vit import sincos_2d
 from sslzoo.losses import over_pairs, unit
 from sslzoo.method import Batch

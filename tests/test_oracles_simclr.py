@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import close, on_ranks
 from torch import nn
 
+from conftest import close, on_ranks
 from sslzoo.blocks.sk import SKConv
 from sslzoo.losses import nt_xent, unit
 from sslzoo.methods.simclr import SimCLR

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Tiny, close
 
+from conftest import Tiny, close
 from sslzoo.losses import over_pairs
 from sslzoo.method import Batch
 from sslzoo.methods.simsiam import SimSiam, negative_cosine

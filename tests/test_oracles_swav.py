@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import close, on_ranks
 from torch import nn
 
+from conftest import close, on_ranks
 from sslzoo.losses import swapped_cross_entropy, unit
 from sslzoo.method import Batch
 from sslzoo.methods.swav import SwAV, sinkhorn

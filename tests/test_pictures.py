@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from PIL import Image
-from runs import image_set
 
+from runs import image_set
 from sslzoo.report import pictures
 from sslzoo.report.pictures import BLUE, GREEN, INK, ORANGE, RED, curves, neighbour_strips
 

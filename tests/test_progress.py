@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from runs import Pull, images, trainer
 
+from runs import Pull, images, trainer
 from sslzoo.monitor import Metrics, Probe, Watch
 from sslzoo.report import progress
 from sslzoo.report.progress import Bar

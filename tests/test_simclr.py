@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import Tiny, close
 from lightly.loss import NTXentLoss
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 
+from conftest import Tiny, close
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.losses import nt_xent, unit

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import Tiny
 from lightly.loss.swav_loss import SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
-from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from torch.nn.functional import normalize
 
+from conftest import Tiny
+from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.losses import swapped_cross_entropy
