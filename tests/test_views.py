@@ -1,6 +1,9 @@
 """Views against torchvision on the same draws, the draws against torchvision's laws, and both against chance."""
 
+import os
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from math import ceil
@@ -525,3 +528,23 @@ def test_permutation_is_a_permutation_that_changes_with_step_and_seed():
     assert torch.equal(permutation(0, 0, 64), first)
     assert not torch.equal(permutation(0, 1, 64), first)
     assert not torch.equal(permutation(1, 0, 64), first)
+
+
+DIGEST = """
+import hashlib
+import numpy as np
+from sslzoo.views import Blur, Jitter, View, Views
+recipe = View(16, count=2, jitter=Jitter(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=Blur(0.5))
+images = np.random.default_rng(0).integers(0, 256, (32, 40, 40, 3), dtype=np.uint8)
+print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in Views([recipe])(images, np.arange(32), 0))).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_kernel_just_compiled_and_from_the_cache_agree_to_the_bit(tmp_path):
+    """A run that compiled it, killed and resumed by one that did not, would end with other weights."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", DIGEST]
+    compiled, loaded = (subprocess.check_output(command, env=environment, text=True) for _ in range(2))
+    assert any(tmp_path.rglob("kernel.render*.nbc"))
+    assert compiled == loaded

@@ -27,7 +27,9 @@ _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  
 _ZERO, _TINY, _ONE, _TWO, _FOUR, _SIX = (np.float32(k) for k in (0, 1e-20, 1, 2, 4, 6))
 _U0, _U1, _U2, _U3, _U4, _U5, _U6, _U7, _U8, _U9, _U10, _U11 = (np.uint64(k) for k in range(12))
 
-_inner = njit(nogil=True, error_model="numpy", fastmath=True)
+# Inlined always: a function with a body of its own is linked to one version right after compilation and to another
+# when loaded from the cache, and fastmath lets the two round differently.
+_inner = njit(nogil=True, error_model="numpy", fastmath=True, forceinline=True)
 
 
 # Resize: torchvision's antialias=True law, a triangle or cubic (a = -0.5) filter as wide as the downscale.
