@@ -48,7 +48,8 @@ from sslzoo.data.images import ImageSet
 from sslzoo.data.module import Images, Loader
 from sslzoo.method import Batch, Method
 from sslzoo.monitor import Metrics
-from sslzoo.tasks import build_method, device, images
+from sslzoo.tasks.pretrain import build_method
+from sslzoo.tasks.runs import device, images
 from timing import Seconds, header, interleaved, median, ratio
 
 STEP_TARGET = 1.10  # a step over its limit

@@ -34,11 +34,11 @@ def usage() -> str:
 def run(overrides: Sequence[str]) -> dict:
     """Compose ``overrides`` and run the task they name; returns its scores."""
     from sslzoo.config import composed
-    from sslzoo.tasks import TASKS
+    from sslzoo.tasks import task
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     config = composed(overrides)
-    return TASKS[config.task.name](config, overrides)
+    return task(config.task.name)(config, overrides)
 
 
 def sweep(overrides: Sequence[str]) -> int:

@@ -63,7 +63,7 @@ def close(actual, expected, rtol=1e-9, atol=1e-10):
 def on_ranks(world: int, work, *arguments) -> list:
     """``work(rank, *arguments)`` in ``world`` gloo processes on this machine; what each returned, by rank."""
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sslzoo.methods", "sslzoo.tasks"])  # imported once, not in every rank
+    context.set_forkserver_preload(["sslzoo.methods", "sslzoo.tasks.pretrain"])  # imported once, not in every rank
     results = context.SimpleQueue()
     with TemporaryDirectory() as meeting:  # a file to meet at: a port may be taken
         place = f"file://{meeting}/store"

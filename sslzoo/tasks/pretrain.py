@@ -1,14 +1,9 @@
-"""The verbs: each takes the configuration and what was typed, and returns a dict of scores."""
+"""Train a method on unlabelled images, and leave a backbone."""
 
-import json
 import logging
 import os
 import shlex
-import sys
-import time
-from collections.abc import Callable, Sequence
-from datetime import datetime
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
@@ -18,24 +13,23 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from rich.table import Table
 
-from sslzoo import __version__
-from sslzoo.checkpoints.backbone import load_backbone, save_backbone
+from sslzoo.checkpoints.backbone import save_backbone
 from sslzoo.checkpoints.files import write_text
 from sslzoo.config import build_encoder, build_optim, built, composed, config_hash, differences, plain
-from sslzoo.data.images import ImageSet, load
-from sslzoo.data.module import Images, default_workers
+from sslzoo.data.images import ImageSet
+from sslzoo.data.module import default_workers
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Checkpoint, Metrics, Probe, Stopped, Watch, device_memory_mb, shape
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.pictures import curves, neighbour_strips
 from sslzoo.report.progress import Bar, console
-from sslzoo.views import Clean, Views, parse
+from sslzoo.tasks.runs import claim_run_dir, device, images, more_loggers, provenance, write_summary
 
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: DictConfig, overrides: Sequence[str]) -> dict:
+def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     """Train ``config.method`` and leave a run directory: config, metrics, curves, checkpoint, backbone, summary."""
     checkpoint = None
     if config.resume is not None:
@@ -130,66 +124,6 @@ def pretrain(config: DictConfig, overrides: Sequence[str]) -> dict:
     return summary
 
 
-def knn(config: DictConfig, overrides: Sequence[str]) -> dict:
-    """Weighted nearest-neighbour accuracy of ``config.backbone`` on ``config.data``."""
-    if config.backbone is None:
-        raise UserError("task=knn needs backbone=: a run's backbone.safetensors, random, or timm/NAME")
-    pl.seed_everything(config.seed, verbose=False)
-    encoder = load_backbone(config.backbone, config.pretrained, plain(config.encoder))
-    config = OmegaConf.merge(config, {"image_size": encoder.metadata.get("image_size", config.image_size)})
-    for key in ("mean", "std"):
-        config.data[key] = encoder.metadata.get(key, config.data[key])
-    data = images(config)
-    encoder.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
-    probe = Probe(data, config.task.k, config.task.temperature, len(data.train), len(data.val) if data.val else 0)
-    if not probe.labelled:
-        raise UserError(f"task=knn needs labelled training and held-out images; {data.train.name} has none")
-    run_dir = claim_run_dir(config, "knn")
-    began = time.perf_counter()
-    after = probe.features(encoder)
-    summary = {
-        "task": "knn",
-        "method": encoder.metadata["method"],
-        "data": data.train.name,
-        "knn_top1": probe.knn(*after),
-        "knn_k": config.task.k,
-        "knn_temperature": config.task.temperature,
-        **shape(after[0]),
-        "seconds": time.perf_counter() - began,
-        "backbone": str(config.backbone),
-        "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),
-        **provenance(config, overrides),
-    }
-    write_summary(run_dir, summary)
-    console.print(
-        f"kNN top-1 {100 * summary['knn_top1']:.2f} % (k={config.task.k}, T={config.task.temperature},"
-        f" {len(after[1])} held-out images of {data.train.name}) -> {run_dir}/summary.json"
-    )
-    return summary
-
-
-TASKS: dict[str, Callable[[DictConfig, Sequence[str]], dict]] = {"pretrain": pretrain, "knn": knn}
-
-
-def images(config: DictConfig) -> Images:
-    """The data that ``config.data``, ``config.views`` and the sizes describe."""
-    settings = plain(config.data)
-    mean, std = settings.pop("mean"), settings.pop("std")
-    batch_size, workers = settings.pop("batch_size"), settings.pop("workers")
-    train, val = load(**settings)
-    views = Views(parse(plain(config.views)), mean, std, seed=config.seed)
-    return Images(
-        train,
-        val,
-        views,
-        Clean(config.image_size, mean, std),
-        batch_size,
-        seed=config.seed,
-        workers=workers,
-        on_error=settings["on_error"],
-    )
-
-
 def build_method(config: DictConfig, train: ImageSet) -> Method:
     """The method that ``config.method`` describes, checked against the data it will see."""
     settings = plain(config.method)
@@ -227,24 +161,6 @@ def check_sizes(settings: dict, batch_size: int, train: ImageSet) -> None:
         )
 
 
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
-
-
-def device(config: DictConfig) -> tuple[str, str]:
-    """Accelerator and precision; ``auto`` is bfloat16 where the hardware computes in it."""
-    wanted = config.trainer.accelerator
-    for key, allowed in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
-        if str(config.trainer[key]) not in allowed:
-            raise UserError(f"trainer.{key}={config.trainer[key]} is none of {', '.join(allowed)}")
-    on_gpu = torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda")
-    accelerator = "cuda" if on_gpu else "cpu" if wanted == "auto" else wanted
-    if config.trainer.precision != "auto":
-        return accelerator, str(config.trainer.precision)
-    bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return accelerator, "bf16-mixed" if bf16 else "32-true"
-
-
 def leave_cores_to_views(accelerator: str, config: DictConfig) -> None:
     """On a CPU, keep torch's threads and the views' within the cores.
 
@@ -255,39 +171,6 @@ def leave_cores_to_views(accelerator: str, config: DictConfig) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) - (config.data.workers or default_workers()))
         torch.set_num_threads(min(torch.get_num_threads(), threads))
         faiss.omp_set_num_threads(threads)
-
-
-def more_loggers(config: DictConfig, run_dir: Path) -> list:
-    """What ``logger=`` adds to metrics.csv."""
-    settings = plain(config.logger)
-    name = settings.pop("name")
-    if name == "tensorboard":
-        try:
-            return [pl.loggers.TensorBoardLogger(run_dir, name="", version="", **settings)]
-        except ModuleNotFoundError as error:
-            raise UserError('logger=tensorboard needs a package: pip install "sslzoo[tensorboard]"') from error
-    if name == "wandb":
-        return [pl.loggers.WandbLogger(save_dir=run_dir, config=plain(config), **settings)]
-    return []
-
-
-def claim_run_dir(config: DictConfig, name: str) -> Path:
-    """A directory of this run's own.
-
-    Raises:
-        UserError: if ``run_dir`` holds a run already or cannot be written.
-    """
-    run_dir = Path(config.run_dir or Path("runs") / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    if rank_zero_only.rank:  # rank 0 claims it, the others write nothing
-        return run_dir
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"run_dir={run_dir} exists and is not empty; name another, or go on with resume={run_dir}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config))
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}; name another") from error
-    return run_dir
 
 
 def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
@@ -339,26 +222,6 @@ def read_checkpoint(path: Path, method: Method, config: DictConfig) -> dict:
             f" differ, first {wrong[0]}; resume with the method and encoder it was trained with"
         )
     return state
-
-
-def provenance(config: DictConfig, overrides: Sequence[str]) -> dict:
-    """Where a number comes from: seed, config hash, versions, command."""
-    packages = ("torch", "pytorch-lightning", "timm")
-    return {
-        "seed": config.seed,
-        "config_hash": config_hash(config),
-        "versions": {
-            "sslzoo": __version__,
-            **{name: version(name) for name in packages},
-            "python": sys.version.split()[0],
-        },
-        "command": shlex.join(["python", "-m", "sslzoo", *overrides]),
-    }
-
-
-def write_summary(run_dir: Path, summary: dict) -> None:
-    """``summary.json``, whole."""
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def report(summary: dict, run_dir: Path) -> None:
