@@ -1,5 +1,7 @@
 """Parts of a labelled set."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def test_every_class_keeps_its_share_and_unlabelled_rows_stay_out(fraction):
 
 def test_a_smaller_part_lies_inside_a_larger_one():
     parts = [set(balanced(LABELS, fraction, seed=3)) for fraction in (0.05, 0.2, 0.5, 1.0)]
-    assert all(small < large for small, large in zip(parts, parts[1:], strict=False))
+    assert all(small < large for small, large in pairwise(parts))
 
 
 def test_the_seed_alone_decides_and_rows_are_unique():
