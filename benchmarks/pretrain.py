@@ -1,6 +1,6 @@
 """Pretraining steps: how near they are to the encoder's own time, and how they compare with lightly's modules.
 
-    python benchmarks/pretrain.py [--methods moco,simclr] [--rounds 7] [--json out.json] [--quick]
+    python benchmarks/pretrain.py [--methods moco,simclr,byol,swav,dino] [--rounds 7] [--json out.json] [--quick]
 
 One thread, photographs' patches of 32 pixels in memory, two encoders: that of ``scale=demo`` (ResNet-10-t, a quarter
 of the width, 3x3 stem) and ResNet-18 with the stem for ImageNet.
@@ -31,10 +31,26 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightly.loss import NTXentLoss
-from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
+from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss
+from lightly.models.modules import (
+    BYOLPredictionHead,
+    BYOLProjectionHead,
+    DINOProjectionHead,
+    MoCoProjectionHead,
+    SimCLRProjectionHead,
+    SwaVProjectionHead,
+    SwaVPrototypes,
+)
 from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms import MoCoV2Transform, SimCLRTransform
+from lightly.transforms import (
+    BYOLTransform,
+    BYOLView1Transform,
+    BYOLView2Transform,
+    DINOTransform,
+    MoCoV2Transform,
+    SimCLRTransform,
+    SwaVTransform,
+)
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -83,16 +99,29 @@ class Peer(pl.LightningModule, ABC):
         """The loss of ``[views, ...]``."""
 
     def follow(self, ours: Method) -> None:
-        """Take over our weights, one by one in their order, and what else decides the loss."""
+        """Take over our weights, layer by layer in their order, and what else decides the loss.
+
+        Where only one side has a bias it becomes zero, and both compute the same.
+        """
         with torch.no_grad():
-            for theirs, own in zip(self.parameters(), ours.parameters(), strict=True):
-                theirs.copy_(own)
+            for theirs, own in zip(layers(self), layers(ours), strict=True):
+                for name in theirs.keys() | own.keys():
+                    if name in theirs and name in own:
+                        theirs[name].copy_(own[name])
+                    else:
+                        (theirs if name in theirs else own)[name].zero_()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.optim
         return torch.optim.SGD(
             self.parameters(), lr=optim.peak_lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
+
+
+def layers(module: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each part that has its own, by name."""
+    each = (dict(part.named_parameters(recurse=False)) for part in module.modules())
+    return [parameters for parameters in each if parameters]
 
 
 class LightlySimCLR(Peer):
@@ -133,6 +162,66 @@ class LightlyMoCo(Peer):
         self.criterion.memory_bank.bank = ours.queue.keys.clone()
 
 
+class LightlyBYOL(Peer):
+    def __init__(self, net: nn.Module, ours: Method):
+        super().__init__(net, ours)
+        hidden, dim = ours.projector[0].out_features, ours.projector[-1].out_features
+        self.projector = BYOLProjectionHead(ours.encoder.dim, hidden, dim)
+        self.predictor = BYOLPredictionHead(dim, hidden, dim)
+        self.target, self.target_projector = deepcopy(net), deepcopy(self.projector)
+        deactivate_requires_grad(self.target)
+        deactivate_requires_grad(self.target_projector)
+        self.criterion = NegativeCosineSimilarity()
+        self.momentum = ours.momentum
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        update_momentum(self.encoder, self.target, m=self.momentum)
+        update_momentum(self.projector, self.target_projector, m=self.momentum)
+        p1, p2 = (self.predictor(self.projector(self.encoder(x).flatten(start_dim=1))) for x in batch[0])
+        with torch.no_grad():
+            z1, z2 = (self.target_projector(self.target(x).flatten(start_dim=1)) for x in batch[0])
+        return 4 + 2 * (self.criterion(p1, z2) + self.criterion(p2, z1))  # squared distances, as in the paper
+
+
+class LightlySwAV(Peer):
+    def __init__(self, net: nn.Module, ours: Method):
+        super().__init__(net, ours)
+        hidden, dim = ours.projector[0].out_features, ours.projector[-1].out_features
+        self.projector = SwaVProjectionHead(ours.encoder.dim, hidden, dim)
+        self.prototypes = SwaVPrototypes(dim, len(ours.prototypes.weight))
+        self.criterion = SwaVLoss(ours.temperature, ours.iterations, ours.epsilon)
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        self.prototypes.normalize()
+        z = (self.projector(self.encoder(x).flatten(start_dim=1)) for x in batch[0])
+        scores = [self.prototypes(nn.functional.normalize(each, dim=1, p=2)) for each in z]
+        return self.criterion(scores[:2], scores[2:])
+
+
+class LightlyDINO(Peer):
+    def __init__(self, net: nn.Module, ours: Method):
+        super().__init__(net, ours)
+        hidden, bottleneck = ours.projector.mlp[0].out_features, ours.projector.mlp[-1].out_features
+        outputs, (cold, warm) = ours.center.shape[1], (ours.warmup_teacher_temperature, ours.teacher_temperature)
+        self.projector = DINOProjectionHead(ours.encoder.dim, hidden, bottleneck, outputs)
+        self.target, self.target_projector = (
+            deepcopy(net),
+            DINOProjectionHead(ours.encoder.dim, hidden, bottleneck, outputs),
+        )
+        deactivate_requires_grad(self.target)
+        deactivate_requires_grad(self.target_projector)
+        self.criterion = DINOLoss(outputs, cold, warm, 0, ours.student_temperature, ours.center_momentum)
+        self.momentum = ours.momentum
+
+    def training_step(self, batch: list, batch_idx: int) -> Tensor:
+        update_momentum(self.encoder, self.target, m=self.momentum)
+        update_momentum(self.projector, self.target_projector, m=self.momentum)
+        with torch.no_grad():
+            t = [self.target_projector(self.target(x).flatten(start_dim=1)) for x in batch[0][:2]]
+        s = [self.projector(self.encoder(x).flatten(start_dim=1)) for x in batch[0]]
+        return self.criterion(t, s, epoch=0)
+
+
 @dataclass
 class Pair:
     """One method, here and there.
@@ -166,6 +255,30 @@ PAIRS = {
         transform=SimCLRTransform(input_size=32),
         trained=slice(0, 2),
         watched=slice(0, 0),
+    ),
+    "byol": Pair(
+        recipe=["method=byol", "views=byol", "optim.name=sgd"],
+        peer=LightlyBYOL,
+        transform=BYOLTransform(BYOLView1Transform(input_size=32), BYOLView2Transform(input_size=32)),
+        trained=slice(0, 2),
+        watched=slice(0, 2),
+    ),
+    "swav": Pair(
+        recipe=["method=swav", "views=swav", "local_size=16", "optim.name=sgd", "method.queue_size=0"],
+        peer=LightlySwAV,
+        transform=SwaVTransform(crop_sizes=(32, 16), crop_counts=(2, 6)),
+        trained=slice(0, 8),
+        watched=slice(0, 0),
+    ),
+    "dino": Pair(
+        recipe=[
+            *("method=dino", "views=dino", "local_size=16", "optim.name=sgd", "optim.final_weight_decay=null"),
+            *("method.clip=0", "method.freeze_last_layer=0"),
+        ],
+        peer=LightlyDINO,
+        transform=DINOTransform(global_crop_size=32, local_crop_size=16, n_local_views=8),
+        trained=slice(0, 10),
+        watched=slice(0, 2),
     ),
 }
 

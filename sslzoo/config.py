@@ -46,7 +46,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=[*tuned(overrides), *overrides])
+            config = compose("config", overrides=[*own_protocol(overrides), *tuned(overrides), *overrides])
         OmegaConf.resolve(config)
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         raise UserError(_unknown_key(overrides) or _one_line(error)) from error
@@ -70,7 +70,10 @@ def _unknown_key(overrides: Sequence[str]) -> str | None:
 
 
 def tuned(overrides: Sequence[str]) -> list[str]:
-    """What ``conf/tuned/SCALE/METHOD.yaml`` would type before ``overrides``, except what these type themselves."""
+    """What ``conf/tuned/SCALE/METHOD.yaml`` would type before ``overrides``, except what these type themselves.
+
+    Whoever types ``views=moco_v2`` gets these views as they are: settings of the views chosen there go with them.
+    """
     typed = dict(override.partition("=")[::2] for override in overrides)
     defaults = {key: choice for entry in OmegaConf.load(CONF / "config.yaml").defaults if isinstance(entry, DictConfig)
                 for key, choice in entry.items()}  # fmt: skip
@@ -79,7 +82,16 @@ def tuned(overrides: Sequence[str]) -> list[str]:
     if not path.is_file():
         return []
     settings = OmegaConf.to_container(OmegaConf.load(path))
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in typed]
+    chosen = {key for key in settings if (CONF / key).is_dir()} & typed.keys()
+    kept = (key for key in settings if key not in typed and key.partition(".")[0] not in chosen)
+    return [f"{key}={json.dumps(settings[key])}" for key in kept]
+
+
+def own_protocol(overrides: Sequence[str]) -> list[str]:
+    """``protocol=TASK`` where a task has settings of its own for data and training, and no protocol was typed."""
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    name = typed.get("task")
+    return [f"protocol={name}"] if "protocol" not in typed and name in options("protocol") else []
 
 
 def _one_line(error: Exception) -> str:
@@ -109,7 +121,7 @@ def keys_of(config: DictConfig) -> dict[str, object]:
 # What may differ between two halves of one run: where and how it runs, never what it computes.
 PLACE = (
     "trainer.devices", "trainer.accelerator", "trainer.num_nodes", "data.root", "data.workers", "data.on_error",
-    "logger.", "monitor.", "checkpoint.", "resume", "run_dir", "backbone",
+    "logger.", "monitor.", "checkpoint.", "resume", "run_dir", "backbone", "runs", "task.cache",
 )  # fmt: skip
 
 

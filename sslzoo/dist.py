@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslzoo.errors import UserError
+
 
 def world() -> int:
     """Number of ranks, 1 where nothing is distributed."""
@@ -91,6 +93,21 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 def all_sum_with_grad(x: Tensor) -> Tensor:
     """Sum of ``x`` over ranks; the backward pass sums the ranks' gradients likewise."""
     return _AllSum.apply(x) if world() > 1 else x
+
+
+def check_same_rows(rows: int, device: torch.device) -> None:
+    """Refuse a batch of which ranks hold unlike numbers of rows, for collectives would wait for ever. Waits for all.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if world() > 1:
+        found = all_gather(torch.tensor([rows], device=device)).tolist()
+        if len(set(found)) > 1:
+            raise UserError(
+                f"ranks got batches of {', '.join(map(str, found))} images, but need as many each;"
+                " start all of them with the same data and data.batch_size"
+            )
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslzoo.dist import all_gather
+from sslzoo.errors import UserError
 from sslzoo.views.draw import integers
 
 
@@ -43,6 +44,18 @@ class Queue(nn.Module):
         slots = (self.pointer + torch.arange(len(z), device=z.device)) % size
         self.keys = self.keys.index_copy(0, slots[-size:], z[-size:])
         self.pointer = (self.pointer + len(z)) % size
+
+    def check(self, batch_size: int) -> None:
+        """Refuse a global batch that does not fit: keys would be gone before a loss has seen them.
+
+        Raises:
+            UserError: if it is larger than the queue.
+        """
+        if batch_size > len(self.keys):
+            raise UserError(
+                f"method.queue_size={len(self.keys)} does not hold the keys of a batch of {batch_size};"
+                f" set method.queue_size to at least {batch_size}, or a smaller data.batch_size"
+            )
 
     def extra_repr(self) -> str:
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"

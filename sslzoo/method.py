@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslzoo.blocks.encoder import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
-from sslzoo.dist import from_rank_zero, rank
+from sslzoo.dist import check_same_rows, from_rank_zero, rank
 from sslzoo.memory import memory_buffers
 from sslzoo.optim import Optim
 
@@ -57,10 +57,13 @@ class Method(pl.LightningModule, ABC):
         accumulates: whether two accumulated halves of a batch equal the whole; not where images of one batch are
             each other's negatives, or are normalised together.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks.
+        compares_views: whether a batch has two or more views of each image, or exactly one.
     """
 
     accumulates = True
     sync_batchnorm = False
+    settings = "optim"  # where the configuration says what ``optim`` is
+    compares_views = True
 
     def __init__(self, encoder: Encoder, optim: Optim | None = None):
         super().__init__()
@@ -95,6 +98,11 @@ class Method(pl.LightningModule, ABC):
         return self.encoder
 
     @property
+    def kept_projector(self) -> nn.Sequential | None:
+        """First layers of the projector that fine-tuning can start from (SimCLR v2, sec. 2); mostly none."""
+        return None
+
+    @property
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1."""
         return self.step / self.steps
@@ -118,6 +126,8 @@ class Method(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step = self.trainer.global_step
+        if batch_idx == 0:  # once an epoch, for it waits for all ranks
+            check_same_rows(len(batch.index), self.device)
         # Dropout and stochastic depth draw from here: the same in a resumed run, different on each rank.
         seed = hash((self.seed, self.step, batch_idx, rank())) % 2**63
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device each time

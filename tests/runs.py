@@ -1,6 +1,8 @@
 """A whole training run in a moment: a few small images, a linear encoder, a real trainer."""
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,6 +14,7 @@ from sslzoo.data.images import ImageSet
 from sslzoo.data.module import Images
 from sslzoo.method import Batch, Method
 from sslzoo.optim import Optim
+from sslzoo.report.csv_log import read_rows
 from sslzoo.views import Clean, View, Views
 
 
@@ -21,6 +24,13 @@ def image_set(count: int = 24, size: int = 8, seed: int = 0) -> ImageSet:
     pixels = np.random.default_rng(seed).integers(0, 100, (count, size, size, 3), dtype=np.uint8)
     pixels[np.arange(count), :, :, labels] += 150
     return ImageSet(labels.astype(np.int64), ["red", "green", "blue"], pixels, None, "noise")
+
+
+def archive(path: Path, count: int = 64, size: int = 16) -> Path:
+    """The same on disk for ``data=npz``, with fewer images held out."""
+    train, val = image_set(count, size), image_set(24, size, seed=1)
+    np.savez(path, train_images=train.images, train_labels=train.labels, val_images=val.images, val_labels=val.labels)
+    return path
 
 
 class Flaky(ImageSet):
@@ -82,3 +92,36 @@ def trainer(*callbacks: pl.Callback, **options) -> pl.Trainer:
 def weights(module: nn.Module) -> Tensor:
     """All parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class Killed(Exception):
+    """What ends a run in the middle."""
+
+
+def checkpoint_of(run_dir: Path) -> dict:
+    """A run's ``last.ckpt``."""
+    return torch.load(run_dir / "last.ckpt", weights_only=True)
+
+
+def assert_same_run(a: Path, b: Path, steps: int) -> None:
+    """Two finished runs of ``steps`` have the same weights, memories, optimizer, kNN and final loss, to the bit."""
+    one, other = checkpoint_of(a), checkpoint_of(b)
+    assert one["global_step"] == other["global_step"] == steps
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    for mine, theirs in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
+        assert mine["param_groups"] == theirs["param_groups"]
+        assert mine["state"].keys() == theirs["state"].keys()
+        for parameter, state in mine["state"].items():
+            assert state.keys() == theirs["state"][parameter].keys()
+            for name, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][parameter][name])), name
+    rows = [[row for row in read_rows(d / "metrics.csv") if "knn_top1" in row] for d in (a, b)]
+    for row in rows[0] + rows[1]:
+        row.pop("images_per_second", None)
+    assert rows[0]
+    assert rows[0] == rows[1]
+    finals = [json.loads((d / "summary.json").read_text()) for d in (a, b)]
+    for key in ("loss", "knn_top1", "steps", "epochs", "config_hash"):
+        assert finals[0][key] == finals[1][key], key

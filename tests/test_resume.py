@@ -1,6 +1,5 @@
 """A run that was broken off and resumed ends with the weights of an unbroken one, to the bit."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 import pytest
 import torch
 
+from runs import Killed, assert_same_run, checkpoint_of
 from sslzoo.__main__ import main, run
 from sslzoo.monitor import Metrics
 from sslzoo.report.csv_log import read_rows
@@ -30,28 +30,7 @@ SMALL = [
     "monitor.k=5",
     "monitor.log_every=1",
 ]
-
-
-def weights(run_dir):
-    return torch.load(run_dir / "last.ckpt", weights_only=True)
-
-
-def assert_same_run(a, b):
-    one, other = weights(a), weights(b)
-    assert one["global_step"] == other["global_step"] == 15
-    for name, value in one["state_dict"].items():
-        assert torch.equal(value, other["state_dict"][name]), name
-    for mine, theirs in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
-        for key, state in mine["state"].items():
-            assert torch.equal(state["momentum_buffer"], theirs["state"][key]["momentum_buffer"])
-    rows = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_rows(d / "metrics.csv")]
-        for d in (a, b)
-    ]
-    assert [r for r in rows[0] if "knn_top1" in r] == [r for r in rows[1] if "knn_top1" in r]
-    finals = [json.loads((d / "summary.json").read_text()) for d in (a, b)]
-    for key in ("loss", "knn_top1", "steps", "epochs", "config_hash"):
-        assert finals[0][key] == finals[1][key], key
+STEPS = 15
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +38,6 @@ def unbroken(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
     run([*SMALL, f"run_dir={run_dir}"])
     return run_dir
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize(
@@ -83,7 +58,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, kil
             run([*SMALL, f"run_dir={run_dir}", f"checkpoint.steps={checkpoint_every}"])
     assert not (run_dir / "summary.json").exists()
     run([f"resume={run_dir}"])
-    assert_same_run(unbroken, run_dir)
+    assert_same_run(unbroken, run_dir, STEPS)
 
 
 @pytest.mark.parametrize("deaths", [(4, 7), (2, 6), (4, 6, 9, 11), (7, 8), (1, 13)])
@@ -103,7 +78,7 @@ def test_killed_several_times_equals_unbroken(tmp_path, monkeypatch, unbroken, d
             with pytest.raises(Killed):
                 run([f"resume={run_dir}"] if life else [*SMALL, f"run_dir={run_dir}", "checkpoint.steps=3"])
     run([f"resume={run_dir}"])
-    assert_same_run(unbroken, run_dir)
+    assert_same_run(unbroken, run_dir, STEPS)
 
 
 @pytest.mark.slow
@@ -125,13 +100,13 @@ def test_sigterm_then_sigkill_then_resume_equals_unbroken(tmp_path, unbroken):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert "resume=" in process.stderr.read()
-    stopped_at = weights(run_dir)["global_step"]
-    assert 0 < stopped_at < 15
+    stopped_at = checkpoint_of(run_dir)["global_step"]
+    assert 0 < stopped_at < STEPS
     process = start([f"resume={run_dir}"], rows=stopped_at + 3)
     process.kill()
     process.wait(60)
     subprocess.run([*command, f"resume={run_dir}"], env=environment, check=True, timeout=120)
-    assert_same_run(unbroken, run_dir)
+    assert_same_run(unbroken, run_dir, STEPS)
 
 
 def complaint(capsys, *arguments):
@@ -183,7 +158,7 @@ def test_a_checkpoint_that_holds_code_is_refused(capsys, tmp_path, unbroken):
 
 def test_a_checkpoint_of_other_weights_is_refused(capsys, tmp_path, unbroken):
     copy = copy_of(unbroken, tmp_path)
-    state = weights(unbroken)
+    state = checkpoint_of(unbroken)
     state["state_dict"]["queue.keys"] = state["state_dict"]["queue.keys"][:10]
     torch.save(state, copy / "last.ckpt")
     assert "queue.keys" in complaint(capsys, f"resume={copy}")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.blocks.norm import group_norm_weight_standardisation
+from sslzoo.blocks.vit import convolutional_stem
 from sslzoo.errors import UserError
 
-STEMS = ("imagenet", "small")
+STEMS = ("imagenet", "small", "conv")
 NORMS = ("batch", "group")
 
 
@@ -19,7 +20,8 @@ class Encoder(nn.Module):
     Args:
         name: a timm model, e.g. ``resnet50`` or ``vit_small_patch16_224``.
         stem: ``imagenet`` keeps the model's own; ``small`` gives a ResNet a 3x3 stride-1 first convolution and no
-            max-pool, for images of 32 to 64 pixels (SimCLR, appendix B.9).
+            max-pool, for images of 32 to 64 pixels (SimCLR, appendix B.9); ``conv`` gives a ViT convolutions in place
+            of its patch projection and its last block (Xiao et al. 2021, arXiv 2106.14881).
         width: multiplies the channels of a ResNet (SimCLR's 2x and 4x, or a narrow net for a CPU).
         pretrained: timm's own weights, from the user's cache.
         norm: ``batch`` leaves the model's normalisation; ``group`` puts GroupNorm and standardised weights in place of
@@ -76,7 +78,9 @@ class Encoder(nn.Module):
 def _build(name: str, stem: str, width: float, pretrained: bool, options: dict) -> nn.Module:
     """The timm model with its stem and width changed where asked; both are defined for ResNets alone."""
     is_resnet = timm.models.resnet.ResNet is _class_of(name)
-    if (stem != "imagenet" or width != 1) and not is_resnet:
+    if stem == "conv" and (width != 1 or pretrained):
+        raise UserError("encoder.stem=conv is for ViTs trained from the start: leave encoder.width, pretrained=false")
+    if (stem == "small" or width != 1) and not is_resnet:
         raise UserError(f"encoder.stem={stem} and encoder.width={width} are for ResNets, {name} is none: leave them")
     if width < 1 / 32:
         raise UserError(f"encoder.width={width} leaves no channels in the stem; set encoder.width to at least 0.04")
@@ -90,6 +94,9 @@ def _build(name: str, stem: str, width: float, pretrained: bool, options: dict) 
         # timm narrows the stem of its "deep" kind alone; the convolution it makes there is replaced below
         stem_of = {"channels": channels, "stem_type": "deep", "stem_width": channels[0] // 2}
         net = timm.create_model(name, num_classes=0, **stem_of, **options)
+    if stem == "conv":
+        convolutional_stem(net)
+        return net
     first = net.bn1.num_features if is_resnet else 0
     if stem == "small":
         net.conv1 = nn.Conv2d(3, first, kernel_size=3, padding=1, bias=False)

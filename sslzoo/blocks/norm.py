@@ -105,6 +105,11 @@ def standardised(weight: Tensor, eps: float = 1e-4) -> Tensor:
     return (centered * centered.square().sum(1, keepdim=True).clamp(min=eps).rsqrt()).view_as(weight)
 
 
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether there is a BatchNorm of any kind in ``module``."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 def sync_batchnorm(module: nn.Module, device: torch.device | None = None) -> nn.Module:
     """``module`` with every BatchNorm taking its statistics over all ranks; names and parameters stay the same.
 
@@ -151,7 +156,8 @@ def _changed(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.
 
 
 def _synced(bn: nn.Module, gpu: bool) -> nn.Module:
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn, SyncBatchNorm):
+    done = (SyncBatchNorm, nn.SyncBatchNorm) if gpu else SyncBatchNorm  # a part of two parents comes by twice
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn, done):
         return bn
     _check_kind(bn, (*TORCHS, BatchNormAct2d))
     plain, act = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct) if gpu else (SyncBatchNorm, SyncBatchNormAct)

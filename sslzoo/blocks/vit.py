@@ -1,4 +1,6 @@
-"""What MoCo v3 does to a Vision Transformer: fixed positions, a frozen patch projection, its initial weights."""
+"""What MoCo v3 does to a Vision Transformer: fixed positions, a frozen patch projection, its initial weights, or
+convolutions in place of that projection.
+"""
 
 import math
 
@@ -44,6 +46,11 @@ def prepare_vit(net: nn.Module) -> None:
             f"method.frozen_patches=true is for timm ViTs with a class token, {type(net).__name__} is none;"
             " set method.frozen_patches=false or encoder.name=vit_small_patch16_224"
         )
+    if not isinstance(net.patch_embed.proj, nn.Conv2d):
+        raise UserError(
+            "method.frozen_patches=true freezes a patch projection, and encoder.stem=conv has none;"
+            " set method.frozen_patches=false"
+        )
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Linear):
             out = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
@@ -57,6 +64,31 @@ def prepare_vit(net: nn.Module) -> None:
     net.pos_embed.copy_(sincos_2d(*net.patch_embed.grid_size, net.embed_dim))
     for fixed in (net.pos_embed, *net.patch_embed.parameters()):
         fixed.requires_grad_(False)
+
+
+def convolutional_stem(net: nn.Module) -> None:
+    """Give a timm ViT convolutions for its patch projection (Xiao et al. 2021, arXiv 2106.14881): in place.
+
+    As many 3x3 ones of stride 2 as halve the image to its patches, each with half the channels of the next, BatchNorm
+    and ReLU; then one of 1x1. The last block goes, which costs about as much.
+
+    Raises:
+        UserError: if ``net`` is no timm ViT, or its patches have a side that is no power of two.
+    """
+    side = net.patch_embed.patch_size[0] if isinstance(net, VisionTransformer) else 0
+    halvings = side.bit_length() - 1
+    if halvings < 1 or side != 2**halvings or len(net.blocks) < 2:
+        raise UserError(
+            f"encoder.stem=conv is for timm ViTs of two blocks or more with patches of 2, 4, 8, ... pixels,"
+            f" {type(net).__name__} with patches of {side} is none: set encoder.stem=imagenet"
+        )
+    layers: list[nn.Module] = []
+    before = 3
+    for after in (net.embed_dim // 2 ** (halvings - 1 - i) for i in range(halvings)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        before = after
+    net.patch_embed.proj = nn.Sequential(*layers, nn.Conv2d(before, net.embed_dim, 1))
+    net.blocks, net.feature_info = net.blocks[:-1], net.feature_info[:-1]
 
 
 def _xavier(fan_in: int, fan_out: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.blocks import EMA, MLP, Encoder
-from sslzoo.blocks.crops import at_least_two
+from sslzoo.blocks.crops import at_least_two, full_views
 from sslzoo.blocks.norm import group_norm_weight_standardisation
 from sslzoo.errors import UserError
 from sslzoo.losses import over_pairs, unit
@@ -21,7 +21,7 @@ class BYOL(Method):
 
     ``L = |p1 - z2|^2 + |p2 - z1|^2`` with predictions p and target projections z of unit length (eq. 2).
 
-    With more than two views, the further ones are predictions only, and L is twice the mean over all pairs.
+    With more than two views, smaller ones are predictions only, and L is twice the mean over all pairs.
     The target starts as a copy of the online network; in the released code it has random weights of its own.
 
     Args:
@@ -68,7 +68,7 @@ class BYOL(Method):
         # One view at a time: BatchNorm takes its statistics over one view.
         p = [unit(self.predictor(self.projector(self.encoder(x)))) for x in views]  # V x (B, d)
         with torch.no_grad():
-            z = [unit(self.target(x)) for x in views[:2]]  # 2 x (B, d)
+            z = [unit(self.target(x)) for x in views[: full_views(views)]]  # F x (B, d)
         return 2 * over_pairs(distance, p, z)  # both directions are summed
 
     def after_step(self) -> None:

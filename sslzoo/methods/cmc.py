@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.blocks import MLP, Encoder
+from sslzoo.blocks.crops import the_only_one
 from sslzoo.errors import UserError
 from sslzoo.losses import candidate_scores, first_of, nce, nce_at_chance, nce_log_z, unit
 from sslzoo.memory import Bank
@@ -34,6 +35,8 @@ class CMC(Method):
     Raises:
         UserError: if the encoder does not split images, ``size`` is missing, or negatives do not fit it.
     """
+
+    compares_views = False
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class CMC(Method):
         self.checked = False
 
     def loss(self, batch: Batch) -> Tensor:
-        (x,) = batch.views
+        x = the_only_one(batch.views, "CMC")
         if not self.checked:  # once, for it waits for the device
             self.encoder.check(x)
             self.checked = True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslzoo.blocks import MLP, Encoder
 from sslzoo.blocks.context import Context
+from sslzoo.blocks.crops import the_only_one
 from sslzoo.blocks.patches import distorted
 from sslzoo.errors import UserError
 from sslzoo.losses import full
@@ -39,6 +40,8 @@ class CPC(Method):
     Raises:
         UserError: if the encoder has no patches, the offsets do not fit their grid, or the batch not the groups.
     """
+
+    compares_views = False
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class CPC(Method):
         self.candidates = 0  # targets that a prediction chooses from; the first batch tells
 
     def loss(self, batch: Batch) -> Tensor:
-        (x,) = batch.views
+        x = the_only_one(batch.views, "CPC")
         patches = self.encoder.patches(x)  # (B, G, G, 3, P, P)
         self.check_grid(patches)
         drawn = integers(self.seed, self.step, batch.index, patches[0, :, :, 0, 0, 0].numel() * 5, 2**32)

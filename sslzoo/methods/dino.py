@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sslzoo.blocks import EMA, Encoder
 from sslzoo.blocks.crops import at_least_two, by_resolution
+from sslzoo.blocks.norm import has_batchnorm
 from sslzoo.dist import all_mean
 from sslzoo.losses import full, swapped_cross_entropy, unit
 from sslzoo.method import Batch, Method
@@ -72,6 +73,7 @@ class DINO(Method):
         self.warmup_teacher_temperature, self.warmup_teacher_epochs = warmup_teacher_temperature, warmup_teacher_epochs
         self.center_momentum, self.momentum = center_momentum, momentum
         self.clip, self.freeze_last_layer = clip, freeze_last_layer
+        self.accumulates = not has_batchnorm(self)  # it counts over the whole batch
         self.fresh: list[Tensor] = []  # mean teacher outputs of this optimizer step, not yet in the center
 
     def loss(self, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslzoo.blocks import MLP, Encoder
+from sslzoo.blocks.crops import the_only_one
 from sslzoo.errors import UserError
 from sslzoo.losses import candidate_scores, first_of, nce, nce_at_chance, nce_log_z, unit
 from sslzoo.memory import Bank
@@ -38,6 +39,8 @@ class InstDisc(Method):
         UserError: if ``size`` is missing or there are more negatives than images.
     """
 
+    compares_views = False
+
     def __init__(
         self,
         encoder: Encoder,
@@ -64,7 +67,7 @@ class InstDisc(Method):
         self.fresh: list[tuple[Tensor, Tensor]] = []  # index and feature of this optimizer step's images
 
     def loss(self, batch: Batch) -> Tensor:
-        (x,) = batch.views
+        x = the_only_one(batch.views, "InstDisc")
         return self.contrast(unit(self.projector(self.encoder(x))), batch.index)
 
     def contrast(self, f: Tensor, index: Tensor) -> Tensor:

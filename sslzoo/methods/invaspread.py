@@ -3,11 +3,13 @@ arXiv 1904.03436).
 """
 
 import math
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from sslzoo.blocks import MLP, Encoder
+from sslzoo.blocks.crops import at_least_two, by_resolution, full_views
 from sslzoo.dist import all_gather, rank
 from sslzoo.losses import full, unit
 from sslzoo.method import Batch, Method
@@ -19,6 +21,8 @@ class InvaSpread(Method):
 
     ``L = -(1 / 2B) sum_i [log P_i,twin + sum_{j not i, twin} log(1 - P_ij)]``, P_i the softmax of view i's
     similarities to all other views (eq. 6), which enter as constants.
+
+    With more than two views, the mean of L over all pairs that have at least one full view in them.
 
     Args:
         encoder: f.
@@ -44,9 +48,11 @@ class InvaSpread(Method):
         self.temperature, self.negative_weight = temperature, negative_weight
 
     def loss(self, batch: Batch) -> Tensor:
-        x = torch.cat(batch.views)  # (2B, 3, H, W): BatchNorm sees both views at once, as in the official code
-        z1, z2 = unit(self.projector(self.encoder(x))).chunk(2)  # (B, d) each
-        return invaspread(z1, z2, self.temperature, self.negative_weight)
+        views = at_least_two(batch.views, "InvaSpread")
+        h = by_resolution(self.encoder, views)  # (V * B, D), BatchNorm over both views, as in the official code
+        z = unit(self.projector(h)).chunk(len(views))  # V x (B, d)
+        pairs = [(z[i], z[j]) for i, j in combinations(range(len(z)), 2) if i < full_views(views)]
+        return torch.stack([invaspread(*pair, self.temperature, self.negative_weight) for pair in pairs]).mean()
 
 
 def invaspread(z1: Tensor, z2: Tensor, temperature: float, negative_weight: float = 1.0) -> Tensor:

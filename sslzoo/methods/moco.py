@@ -4,9 +4,11 @@ v2: Improved Baselines with Momentum Contrastive Learning (Chen et al. 2020, arX
 
 import math
 
+import torch
 from torch import Tensor
 
 from sslzoo.blocks import EMA, MLP, Encoder
+from sslzoo.blocks.crops import at_least_two, full_views
 from sslzoo.blocks.norm import group_batchnorm
 from sslzoo.dist import shuffled, world
 from sslzoo.errors import UserError
@@ -22,6 +24,9 @@ class MoCo(Method):
 
     ``L = -log exp(q.k / T) / (exp(q.k / T) + sum_n exp(q.n / T))``, n over the queue (eq. 1).
 
+    The first view is the query and the second gives the key. With more than two views, every full one but the first
+    gives a key, all are queries, and L is the mean over all pairs of different views.
+
     Args:
         encoder: f.
         optim: the recipe's optimizer.
@@ -30,12 +35,13 @@ class MoCo(Method):
         queue_size: K.
         temperature: T.
         momentum: of the key encoder.
-        symmetric: contrast both ways, each view being query once (not in the papers; one epoch sees twice as much).
+        symmetric: the first view gives a key too, so two views are contrasted both ways (not in the papers; one epoch
+            sees twice as much).
         bn_groups: BatchNorm groups over the world's batch. The papers train on 8 GPUs, so 8 groups; one device
             reaches the same by splitting its batch. 1 disables Shuffling BN (for encoders without BatchNorm).
 
     Raises:
-        UserError: if the batch does not split into ``bn_groups``, or these into the ranks.
+        UserError: if the batch does not fit into the queue or split into ``bn_groups``, or these into the ranks.
     """
 
     def __init__(
@@ -59,20 +65,21 @@ class MoCo(Method):
         self.fresh: list[Tensor] = []  # keys of this optimizer step, not yet in the queue
 
     def loss(self, batch: Batch) -> Tensor:
-        x1, x2 = batch.views
-        if not self.symmetric:
-            return self.contrast(x1, x2)
-        return (self.contrast(x1, x2) + self.contrast(x2, x1)) / 2
+        views = at_least_two(batch.views, "MoCo")
+        self.check(world() * len(views[0]))
+        keyed = [*range(1, full_views(views)), *([0] if self.symmetric else [])]
+        pairs = [(i, j) for j in keyed for i in range(len(views)) if i != j]
+        # Keys first: no activations are held meanwhile, so their memory serves the queries next.
+        k = {j: self.key(views[j]) for j in keyed}
+        # One view at a time: BatchNorm takes its statistics over one view.
+        q = {i: unit(self.projector(self.encoder(views[i]))) for i in sorted({i for i, _ in pairs})}  # (B, d) each
+        self.fresh.extend(k.values())
+        return torch.stack([info_nce(q[i], k[j], self.queue.keys, self.temperature) for i, j in pairs]).mean()
 
-    def contrast(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """Queries from ``x1`` against keys from ``x2``, both ``(B, 3, H, W)``."""
-        self.check(world() * len(x1))
-        # Keys first: no activations are held meanwhile, so their memory serves the query next.
-        order = permutation(self.seed, self.step, world() * len(x2))
-        k = unit(shuffled(self.target, x2, order))  # (B, d), BatchNorm cannot match q to k
-        q = unit(self.projector(self.encoder(x1)))  # (B, d)
-        self.fresh.append(k)
-        return info_nce(q, k, self.queue.keys, self.temperature)
+    def key(self, x: Tensor) -> Tensor:
+        """Keys of a view, ``(B, 3, H, W) -> (B, d)``, so that BatchNorm cannot match them to their queries."""
+        order = permutation(self.seed, self.step, world() * len(x))
+        return unit(shuffled(self.target, x, order))
 
     def after_step(self) -> None:
         # Contrast, then push: a key is no negative of its own step, nor of another part of an accumulated batch.
@@ -83,6 +90,8 @@ class MoCo(Method):
         self.target.update(self.encoder, self.projector, momentum=self.momentum)
 
     def check(self, batch_size: int) -> None:
+        """Refuse a global batch that the queue does not hold or the groups do not divide."""
+        self.queue.check(batch_size)
         groups = self.bn_groups
         if groups > 1 and (groups % world() or batch_size % groups or batch_size == groups):
             raise UserError(

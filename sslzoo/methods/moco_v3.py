@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslzoo.blocks import EMA, MLP, Encoder
-from sslzoo.blocks.crops import at_least_two
+from sslzoo.blocks.crops import at_least_two, full_views
 from sslzoo.blocks.vit import prepare_vit
 from sslzoo.dist import all_gather, rank
 from sslzoo.errors import UserError
@@ -26,7 +26,7 @@ class MoCoV3(Method):
     ``L = ctr(q1, k2) + ctr(q2, k1)``, ``ctr(q, k) = -2T log exp(q.k+ / T) / sum_n exp(q.k_n / T)``, n over all ranks
     (alg. 1).
 
-    With more than two views, the further ones are queries only, and L is twice the mean over all pairs.
+    With more than two views, smaller ones are queries only, and L is twice the mean over all pairs.
 
     Args:
         encoder: f.
@@ -40,7 +40,7 @@ class MoCoV3(Method):
             paper's initial weights.
 
     Raises:
-        UserError: on another ``head``, or if ``frozen_patches`` finds no timm ViT.
+        UserError: on another ``head``, or if ``frozen_patches`` finds no timm ViT or one with a convolutional stem.
     """
 
     accumulates = False  # the images of a batch are each other's negatives
@@ -75,7 +75,7 @@ class MoCoV3(Method):
         # One view at a time: BatchNorm takes its statistics over one view.
         q = [unit(self.predictor(self.projector(self.encoder(x)))) for x in views]  # V x (B, d)
         with torch.no_grad():
-            k = [unit(self.target(x)) for x in views[:2]]  # 2 x (B, d)
+            k = [unit(self.target(x)) for x in views[: full_views(views)]]  # F x (B, d)
         return 2 * over_pairs(self.contrast, q, k)  # both ways are summed
 
     def contrast(self, q: Tensor, k: Tensor) -> Tensor:

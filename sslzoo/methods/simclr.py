@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sslzoo.blocks import EMA, MLP, Encoder
-from sslzoo.blocks.crops import at_least_two, by_resolution
+from sslzoo.blocks.crops import at_least_two, by_resolution, full_views
 from sslzoo.errors import UserError
 from sslzoo.losses import nt_xent, unit
 from sslzoo.memory import Queue
@@ -64,8 +64,13 @@ class SimCLR(Method):
         h = by_resolution(self.encoder, views)  # (V * B, D), BatchNorm over both views
         z = unit(self.projector(h)).chunk(len(views))  # V x (B, d)
         negatives = self.remembered(views[1])  # (K, d) or None
-        pairs = [(z[i], z[j]) for i, j in combinations(range(len(z)), 2) if i < 2]
+        pairs = [(z[i], z[j]) for i, j in combinations(range(len(z)), 2) if i < full_views(views)]
         return torch.stack([nt_xent(z1, z2, self.temperature, negatives) for z1, z2 in pairs]).mean()
+
+    def check(self, batch_size: int) -> None:
+        """Refuse a global batch that the memory does not hold."""
+        if self.queue is not None:
+            self.queue.check(batch_size)
 
     @torch.no_grad()
     def remembered(self, x: Tensor) -> Tensor | None:
@@ -89,6 +94,11 @@ class SimCLR(Method):
         v2 fine-tunes from ``layer=1`` (sec. 2); 0 is the encoder alone. Shares its weights with this method.
         """
         return nn.Sequential(self.encoder, *[*self.projector][: 3 * layer])
+
+    @property
+    def kept_projector(self) -> nn.Sequential | None:
+        """The first layer, where it is not the last: ``(B, D) -> (B, D)``."""
+        return nn.Sequential(*[*self.projector][:3]) if len(self.projector) > 3 else None
 
     def loss_at_chance(self) -> float:
         """All logits equal: ``ln(2B - 1 + K)`` with B over all ranks."""

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from sslzoo.blocks import MLP, Encoder
-from sslzoo.blocks.crops import at_least_two
+from sslzoo.blocks.crops import at_least_two, full_views
 from sslzoo.losses import over_pairs, unit
 from sslzoo.method import Batch, Method
 from sslzoo.optim import Optim
@@ -14,7 +14,7 @@ class SimSiam(Method):
 
     ``L = -(cos(p1, stopgrad(z2)) + cos(p2, stopgrad(z1))) / 2`` (eq. 4).
 
-    With more than two views, the further ones are predictions only, and L is the mean over all pairs.
+    With more than two views, smaller ones are predictions only, and L is the mean over all pairs.
 
     Args:
         encoder: f.
@@ -53,7 +53,7 @@ class SimSiam(Method):
         # One view at a time: BatchNorm takes its statistics over one view.
         z = [self.projector(self.encoder(x)) for x in views]  # V x (B, d)
         p = [self.predictor(projection) for projection in z]  # V x (B, d)
-        targets = [projection.detach() if self.stop_gradient else projection for projection in z[:2]]
+        targets = [projection.detach() if self.stop_gradient else projection for projection in z[: full_views(views)]]
         return over_pairs(negative_cosine, p, targets)
 
     def parameter_groups(self) -> list[dict]:

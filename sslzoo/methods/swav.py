@@ -86,6 +86,11 @@ class SwAV(Method):
         self.fresh = [*z[:ASSIGNED].detach()]
         return swapped_cross_entropy(s, q, self.temperature)
 
+    def check(self, batch_size: int) -> None:
+        """Refuse a global batch that the queues do not hold."""
+        for queue in self.queues:
+            queue.check(batch_size)
+
     def scores(self, z: Tensor) -> Tensor:
         """Cosines with the prototypes: ``(..., d) -> (..., K)``."""
         with torch.autocast(z.device.type, enabled=False):

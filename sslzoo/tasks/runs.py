@@ -17,7 +17,7 @@ from sslzoo import __version__
 from sslzoo.blocks.encoder import Encoder
 from sslzoo.checkpoints.backbone import load_backbone
 from sslzoo.checkpoints.files import write_text
-from sslzoo.config import config_hash, plain
+from sslzoo.config import built, config_hash, plain
 from sslzoo.data.images import load
 from sslzoo.data.module import Images
 from sslzoo.errors import UserError
@@ -29,18 +29,26 @@ def images(config: DictConfig) -> Images:
     settings = plain(config.data)
     mean, std = settings.pop("mean"), settings.pop("std")
     batch_size, workers = settings.pop("batch_size"), settings.pop("workers")
+    settings.pop("label_fraction", None), settings.pop("label_list", None)  # for who learns from labels
     train, val = load(**settings)
-    views = Views(parse(plain(config.views)), mean, std, seed=config.seed)
     return Images(
         train,
         val,
-        views,
+        views_of(config),
         Clean(config.image_size, mean, std),
         batch_size,
         seed=config.seed,
         workers=workers,
         on_error=settings["on_error"],
     )
+
+
+def views_of(config: DictConfig) -> Views:
+    """What ``config.views`` says, normalised as ``config.data`` is: a list of views, or a class called like Views."""
+    settings = {"mean": list(config.data.mean), "std": list(config.data.std), "seed": config.seed}
+    if "_target_" in config.views:
+        return built(config.views, "views", **settings)
+    return Views(parse(plain(config.views)), **settings)
 
 
 def backbone_and_config(config: DictConfig) -> tuple[Encoder, DictConfig]:

@@ -50,6 +50,7 @@ class Views:
     ):
         self.views = flat(views)
         self.sizes = [view.size for view in self.views]
+        self.count = len(self.views)
         self.seed = seed
         self._colour = _colour(mean, std)
         self._plans = _plans(self.views)
@@ -123,6 +124,7 @@ class Clean:
         if resize is not None and resize < size:
             raise UserError(f"resize is {resize}, smaller than the crop; give at least size, {size}")
         self.size, self.resize = size, resize
+        self.settings = (size, resize, interpolation, tuple(mean), tuple(std))
         self._colour = _colour(mean, std)
         self._plans = _plans([View(size, interpolation=interpolation)])
         self._plans["inside"] = 0
