@@ -282,9 +282,9 @@ def test_one_size_and_room_means_memory_else_disk(tmp_path):
     inside, _ = load("folder", root)
     outside, _ = load("folder", root, memory_limit_mb=0)
     assert inside.images.shape == (5, 8, 8, 3)
-    assert inside.files is None
     assert outside.images is None
     assert len(outside.files) == 5
+    assert inside.files == outside.files
     for i in range(5):
         np.testing.assert_array_equal(inside.read(i), outside.read(i))
     write(root / "train" / "cat" / "larger.png", np.zeros((9, 8, 3), np.uint8))

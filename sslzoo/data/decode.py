@@ -21,7 +21,7 @@ class CorruptImage(UserError):
         )
 
 
-def decode(path: str | Path) -> np.ndarray:
+def decode(path: str | Path, upright: bool = True) -> np.ndarray:
     """Decode one picture file.
 
     Gray and palette pictures become RGB, transparent ones are composited over white, 16-bit gray is scaled to
@@ -31,6 +31,8 @@ def decode(path: str | Path) -> np.ndarray:
     ----------
     path : str or Path
         A JPEG, PNG, WebP, BMP or TIFF file; its content decides, whatever it is called.
+    upright : bool
+        Apply the EXIF orientation; without it the pixels stay as they are stored (TIFF's are always turned).
 
     Returns
     -------
@@ -51,7 +53,7 @@ def decode(path: str | Path) -> np.ndarray:
     except Exception as error:  # damage raises nearly anything in Pillow's plugins, even SyntaxError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CorruptImage(path, " ".join(reason.split()) or type(error).__name__) from error
-    return np.ascontiguousarray(_upright(pixels, orientation))
+    return np.ascontiguousarray(_upright(pixels, orientation) if upright else pixels)
 
 
 def _decode_jpeg(data: bytes) -> tuple[np.ndarray, int] | None:

@@ -20,6 +20,7 @@ from sslzoo.errors import UserError
 
 TORCHVISION = ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist")
 NAMES = ("photos", *TORCHVISION, "folder", "imagenet", "npz")
+WITH_BOXES = ("coco", "voc", "scenes")  # their training images are taken without labels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LAYOUT = "expected train/CLASS/*.jpg and val/CLASS/*.jpg"
 
@@ -37,7 +38,7 @@ class ImageSet:
     images : np.ndarray of shape (N, H, W, 3), uint8, or None
         Where the set lives in memory.
     files : list of Path, or None
-        Else one file a row.
+        One file a row, where the set was read from files.
     name : str
         The name it was loaded by.
     """
@@ -87,13 +88,15 @@ def load(
     size: int = 32,
     train_size: int = 8192,
     val_size: int = 2048,
+    years: str = "07+12",
+    **boxes: object,
 ) -> tuple[ImageSet, ImageSet | None]:
     """Load the training and the validation set called ``name``.
 
     Parameters
     ----------
     name : str
-        One of ``NAMES``.
+        One of ``NAMES`` or ``WITH_BOXES``.
     root : str or Path, optional
         Where the set is: a folder, for ``npz`` the archive; ``photos`` needs none.
     seed : int
@@ -109,6 +112,10 @@ def load(
         Let torchvision download a set that is missing.
     size, train_size, val_size : int
         Side in pixels and numbers of ``photos``' patches.
+    years : str
+        Of ``voc``, see ``sslzoo.data.boxes``.
+    **boxes
+        What else the sets with boxes are told of their labels; it does not matter to their images.
 
     Returns
     -------
@@ -123,8 +130,13 @@ def load(
     CorruptImage
         A file is damaged and ``on_error`` is "raise".
     """
+    if boxes and name not in WITH_BOXES:
+        raise TypeError(f"data={name} has no {', '.join(boxes)}")
+    if name in WITH_BOXES:
+        return _into_memory(_without_boxes(name, root, years), memory_limit_mb, on_error), None
     if name not in NAMES:
-        raise UserError(f"data.name is {name!r}, but there is no such set; pass one of: {', '.join(NAMES)}")
+        known = ", ".join((*NAMES, *WITH_BOXES))
+        raise UserError(f"data.name is {name!r}, but there is no such set; pass one of: {known}")
     if name == "photos":
         return _photos(size, train_size, val_size, seed)
     if root is None:
@@ -300,6 +312,16 @@ def _labelled(split: Path, classes: list[str], name: str) -> ImageSet:
     return ImageSet(np.array(labels, np.int64), classes, None, files, name)
 
 
+def _without_boxes(name: str, root: str | Path | None, years: str) -> ImageSet:
+    """The images of a set with boxes."""
+    from sslzoo.data.boxes import training_pictures
+
+    files = [file for file in training_pictures(name, root, years) if _is_image(file.name)]
+    if not files:
+        raise UserError(f"data={name} has no training images ({' '.join(SUFFIXES)}) under data.root={root}; add some")
+    return ImageSet(np.full(len(files), -1, np.int64), [], None, files, name)
+
+
 def _unlabelled(top: Path, name: str) -> ImageSet:
     files = _images_below(top)
     return ImageSet(np.full(len(files), -1, np.int64), [], None, files, name)
@@ -342,4 +364,4 @@ def _into_memory(split: ImageSet, limit_mb: int, on_error: str) -> ImageSet:
         if on_error == "raise":
             raise
         return split
-    return ImageSet(split.labels, split.classes, images, None, split.name) if one_size else split
+    return ImageSet(split.labels, split.classes, images, split.files, split.name) if one_size else split
