@@ -63,6 +63,14 @@ def test_tuning_is_of_the_default_scale_and_method_where_none_is_typed():
     assert not [word for word in tuned(["views=moco_v2", "optim.lr=1"]) if word.startswith(("views=", "optim.lr="))]
 
 
+@pytest.mark.parametrize(("method", "views"), [("instdisc", "single"), ("swav", "byol"), ("dino", "dino")])
+def test_typed_views_come_as_they_are_without_what_tuning_changes_in_its_own(method, views):
+    typed, alone = composed([f"method={method}", f"views={views}"]), composed([f"views={views}"])
+    assert typed.views.keys() == alone.views.keys()
+    for name, view in alone.views.items():
+        assert {**typed.views[name], "size": 0} == {**view, "size": 0}, name  # sizes are the scale's
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "tuned").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_tuned_setting_arrives(path):
     config = composed([f"method={path.stem}", f"scale={path.parent.name}"])

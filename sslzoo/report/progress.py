@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sslzoo.downstream.base import Evaluate
 from sslzoo.method import Method
 from sslzoo.monitor import Metrics, Watch
 
@@ -13,10 +14,17 @@ console = Console(stderr=True, soft_wrap=True)
 
 
 class Bar(pl.Callback):
-    """Progress with loss, kNN and time left; where the output is no terminal, a line an epoch."""
+    """Progress with loss, accuracy and time left; where the output is no terminal, a line an epoch.
 
-    def __init__(self, metrics: Metrics, watch: Watch):
+    Args:
+        metrics: knows loss and speed.
+        watch: knows accuracy, in its ``values``.
+        shown: what accuracy is called here, and there.
+    """
+
+    def __init__(self, metrics: Metrics, watch: Watch | Evaluate, shown: tuple[str, str] = ("kNN", "knn_top1")):
         self.metrics, self.watch = metrics, watch
+        self.name, self.key = shown
         self.live = sys.stderr.isatty()
         self.bar: Progress | None = None
 
@@ -27,7 +35,7 @@ class Bar(pl.Callback):
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  kNN {task.fields[knn]}"),
+            TextColumn(f"loss {{task.fields[loss]}}  {self.name} {{task.fields[score]}}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -49,15 +57,15 @@ class Bar(pl.Callback):
         left = self.metrics.seconds * (method.steps / max(1, trainer.global_step) - 1)
         console.print(
             f"epoch {fields['epoch']}  step {trainer.global_step}/{method.steps}  loss {fields['loss']}"
-            f"  kNN {fields['knn']}  {self.metrics.images_per_second:.0f} images/s  {left:.0f} s left"
+            f"  {self.name} {fields['score']}  {self.metrics.images_per_second:.0f} images/s  {left:.0f} s left"
         )
 
     def _fields(self, trainer) -> dict[str, str]:
-        knn = self.watch.values.get("knn_top1")
+        score = self.watch.values.get(self.key)
         return {
             "epoch": str(trainer.current_epoch + 1),
             "loss": f"{self.metrics.loss:.3f}",
-            "knn": "-" if knn is None else f"{100 * knn:.1f} %",
+            "score": "-" if score is None else f"{100 * score:.1f} %",
         }
 
     def teardown(self, trainer, method, stage) -> None:
