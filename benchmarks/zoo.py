@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sslzoo.config import options
 
-COLUMNS = ("method", "raw pixels", "random init", "pretrained", "gain", "seconds", "images/s", "peak MB")
+COLUMNS = ("method", "raw pixels", "random init", "pretrained", "gain", "seconds", "images/s", "peak MB", "seeds")
 
 
 def finished(runs: Path, method: str, seed: str, overrides: list[str]) -> dict | None:
@@ -50,6 +50,7 @@ def row(method: str, summaries: list[dict]) -> list[str]:
         spread([one["seconds"] for one in summaries], digits=0),
         spread([one["images_per_second"] for one in summaries], digits=0),
         spread([one["peak_memory_mb"] for one in summaries], digits=0),
+        str(len(summaries)),
     ]
 
 

@@ -27,18 +27,19 @@ def usage() -> str:
     """What can be typed."""
     from sslzoo.config import options
 
-    groups = ("task", "method", "scale", "data", "views", "encoder", "logger")
+    groups = ("task", "method", "scale", "protocol", "data", "views", "encoder", "logger")
     return USAGE + "".join(f"\n  {group}={'|'.join(options(group))}" for group in groups)
 
 
 def run(overrides: Sequence[str]) -> dict:
     """Compose ``overrides`` and run the task they name; returns its scores."""
     from sslzoo.config import composed
-    from sslzoo.tasks import task
+    from sslzoo.tasks import task, task_to_resume
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     config = composed(overrides)
-    return task(config.task.name)(config, overrides)
+    name = config.task.name if config.resume is None else task_to_resume(config.resume)
+    return task(name)(config, overrides)
 
 
 def sweep(overrides: Sequence[str]) -> int:

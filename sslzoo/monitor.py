@@ -139,12 +139,13 @@ class Metrics(pl.Callback):
         self.images += self._count * batch_size
         self.images_per_second = self._count * batch_size / elapsed
         self._sum, self._count = None, 0
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        group = trainer.optimizers[0].param_groups[0]
+        lr = group["lr"] / group.get("lr_scale", 1.0)
         log(trainer, {"loss": self.loss, "lr": lr, "images_per_second": self.images_per_second})
         if not math.isfinite(self.loss):
             raise UserError(
                 f"loss is {self.loss} at step {trainer.global_step}: the run diverged, most likely from a rate too high"
-                f" or half precision; try optim.lr={method.optim.lr / 10:.2g} or trainer.precision=32-true"
+                f" or half precision; try {method.settings}.lr={method.optim.lr / 10:.2g} or trainer.precision=32-true"
             )
 
 

@@ -172,7 +172,8 @@ class Optim:
         exclude: none, or bias_and_norm to spare tensors of at most one dimension from decay (and LARS adaptation).
         schedule: cosine, step or constant.
         milestones: of ``step``, as fractions of the run: 120 and 160 of 200 epochs are 0.6 and 0.8.
-        warmup_epochs, start_lr, final_lr: linear warm-up, and where the cosine starts and ends, relative to ``lr``.
+        warmup_epochs, start_lr, final_lr: linear warm-up (of cosine and step), and where it starts and the cosine ends,
+            relative to ``lr``.
         inclusive: see ``warmup_cosine``.
         per_epoch: move the rate once an epoch (MoCo, SimSiam) and not once a step.
         lars: the form of LARS, see there.
@@ -217,9 +218,10 @@ class Optim:
         peak = self.peak_lr
         if self.schedule == "constant":
             return peak
-        if self.schedule == "step":
-            return stepwise(step / steps, peak, self.milestones)
         warmup = round(self.warmup_epochs * steps_per_epoch)
+        if self.schedule == "step":
+            ramp = self.start_lr + (1 - self.start_lr) * step / warmup if step < warmup else 1.0
+            return ramp * stepwise(step / steps, peak, self.milestones)
         return warmup_cosine(step, steps, warmup, peak, peak * self.final_lr, peak * self.start_lr, self.inclusive)
 
     def weight_decay_at(self, progress: float) -> float:
@@ -251,9 +253,9 @@ class Optim:
     def set(self, optimizer: Optimizer, step: int, steps: int, steps_per_epoch: float) -> None:
         """Write rate and weight decay of ``step`` into the optimizer's groups.
 
-        A group with ``constant_lr`` keeps the peak rate (SimSiam's predictor).
+        A group with ``constant_lr`` keeps the peak rate (SimSiam's predictor), ``lr_scale`` multiplies it.
         """
         lr, decay = self.lr_at(step, steps, steps_per_epoch), self.weight_decay_at(step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = self.peak_lr if group.get("constant_lr") else lr
+            group["lr"] = (self.peak_lr if group.get("constant_lr") else lr) * group.get("lr_scale", 1.0)
             group["weight_decay"] = decay if group["decay"] else 0.0

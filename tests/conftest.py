@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,11 @@ torch.set_num_threads(1)  # before any fixture: sums are the same to the bit for
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _features_of_tests_are_kept_apart(tmp_path_factory):
+    os.environ["SSLZOO_CACHE"] = str(tmp_path_factory.mktemp("features"))
 
 
 class Oracle(dict):
@@ -47,6 +53,13 @@ class Tiny(nn.Sequential):
         layers = [nn.Linear(before, dim, bias=False)] + ([nn.BatchNorm1d(dim)] if norm else []) + [nn.ReLU()]
         super().__init__(*layers)
         self.dim, self.config = dim, {}
+
+
+class TinyOfCrops(Tiny):
+    """The same for images of 3 channels and any size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ def by_hand(method, views):
     """The mean over pairs, twice, from 2 - 2 cos."""
     cos = nn.CosineSimilarity(dim=1)
     p = [method.predictor(method.projector(method.encoder(x))) for x in views]
-    z = [method.target(x) for x in views[:2]]
-    pairs = [(i, j) for j in range(2) for i in range(len(views)) if i != j]
+    z = [method.target(x) for x in views]
+    pairs = [(i, j) for j in range(len(views)) for i in range(len(views)) if i != j]
     return 2 * sum((2 - 2 * cos(p[i], z[j])).mean() for i, j in pairs) / len(pairs)
 
 

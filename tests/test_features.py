@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from runs import Pixels, image_set
-from sslzoo.downstream.features import feature_std, features, rank_me, raw_pixels
+from sslzoo.blocks import Encoder, LabEncoder, PatchEncoder
+from sslzoo.downstream.features import check_size, feature_std, features, layers, rank_me, raw_pixels, unit, unit_parts
 from sslzoo.errors import UserError
 from sslzoo.views import Clean
 
@@ -60,6 +61,55 @@ def test_an_encoder_that_diverged_is_named(value):
     encoder[1].bias.data[2] = value
     with pytest.raises(UserError, match="not finite"):
         features(encoder, image_set(), Clean(8))
+
+
+ENCODERS = {
+    "resnet": lambda: Encoder("resnet10t", stem="small", width=0.125),
+    "group norm": lambda: Encoder("resnet10t", stem="small", width=0.5, norm="group"),
+    "lab": lambda: LabEncoder("resnet10t", stem="small", width=0.25),
+    "patches": lambda: PatchEncoder("resnet10t", stem="small", width=0.125, patch=8, stride=4),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_both_kinds_of_feature_come_from_one_call_and_the_last_is_the_encoders_own(name):
+    encoder, x = ENCODERS[name]().eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found = layers(encoder, x, ("last4", "last"))
+        assert list(found) == ["last4", "last"]
+        torch.testing.assert_close(found["last"], encoder(x))
+        torch.testing.assert_close(found["last4"], torch.cat([each.mean((2, 3)) for each in encoder.maps(x)], 1))
+        assert torch.equal(layers(encoder, x)["last"], encoder(x))
+    assert check_size(encoder, 16, ("last", "last4")) == {"last": encoder.dim, "last4": sum(encoder.widths)}
+
+
+def test_the_last_four_layers_of_a_vit_are_its_last_blocks_class_tokens():
+    options = {"img_size": 16, "patch_size": 4, "depth": 6, "embed_dim": 24}
+    encoder, x = Encoder("vit_tiny_patch16_224", options=options).eval(), torch.randn(2, 3, 16, 16)
+    tokens = []
+    for block in encoder.net.blocks:
+        block.register_forward_hook(lambda block, inputs, output: tokens.append(output))
+    with torch.no_grad():
+        found = layers(encoder, x, ("last", "last4"))
+        expected = torch.cat([encoder.net.norm(each)[:, 0] for each in tokens[-4:]], 1)
+        assert len(tokens) == 6
+        torch.testing.assert_close(found["last4"], expected)
+        torch.testing.assert_close(found["last"], encoder(x))
+    torch.testing.assert_close(found["last4"][:, -24:], found["last"])
+
+
+def test_a_backbone_of_another_image_size_is_told_before_any_work():
+    encoder = Encoder("vit_tiny_patch16_224", options={"img_size": 16, "patch_size": 4, "depth": 1, "embed_dim": 24})
+    with pytest.raises(UserError, match=r"takes no images of image_size=20 pixels \(.*\); set image_size to its own"):
+        check_size(encoder, 20)
+
+
+def test_unit_rows_are_the_same_in_parts_and_leave_their_source():
+    z = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+    before = z.copy()
+    np.testing.assert_array_equal(np.concatenate(list(unit_parts(z, 4))), unit(z))
+    np.testing.assert_allclose(np.linalg.norm(unit(z), axis=1), 1, atol=1e-6)
+    assert np.array_equal(z, before)
 
 
 def test_raw_pixels_are_the_normalised_image_as_one_vector():

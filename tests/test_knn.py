@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from sslzoo.downstream.knn import knn_top1, neighbours, vote
+from sslzoo.downstream import knn
+from sslzoo.downstream.knn import NOWHERE, knn_top1, neighbours, ranks
 from sslzoo.errors import UserError
 
 
@@ -31,6 +32,17 @@ def test_neighbours_take_any_layout_and_precision():
     assert np.array_equal(neighbours(np.asfortranarray(bank), queries[::-1][::-1].astype(np.float64), 3)[1], expected)
 
 
+@pytest.mark.parametrize("sides", [(4, 7), (3, 50), (100, 3)])
+def test_neighbours_do_not_depend_on_the_block_that_is_worked_on_or_the_parts_that_arrive(monkeypatch, sides):
+    bank, queries = unit_rows(50, 8), unit_rows(9, 8, seed=1)
+    similarity, rows = neighbours(bank, queries, 12)
+    monkeypatch.setattr(knn, "QUERIES", sides[0])
+    monkeypatch.setattr(knn, "BANK", sides[1])
+    for again in (neighbours(bank, queries, 12), neighbours(iter([bank[:20], bank[20:21], bank[21:]]), queries, 12)):
+        assert np.array_equal(again[1], rows)
+        np.testing.assert_allclose(again[0], similarity, atol=1e-6)
+
+
 def slow_vote(similarity, labels, classes, temperature):
     scores = [0.0] * classes
     for s, label in zip(similarity, labels, strict=True):
@@ -38,23 +50,46 @@ def slow_vote(similarity, labels, classes, temperature):
     return scores
 
 
-def test_votes_are_a_loop_over_neighbours():
+def slow_rank(similarity, labels, truth, classes, temperature):
+    """Where the truth comes among classes that have a vote, by weight and then by number."""
+    scores = slow_vote(similarity, labels, classes, temperature)
+    order = sorted((c for c in range(classes) if c in labels), key=lambda c: (-scores[c], c))
+    return order.index(truth) if truth in order else NOWHERE
+
+
+def test_every_rank_of_the_grid_is_that_of_a_loop_over_its_neighbours():
     rng = np.random.default_rng(0)
-    similarity = -np.sort(-rng.uniform(-1, 1, (6, 10)), axis=1)
-    labels = rng.integers(0, 4, (6, 10))
-    scores = vote(similarity, labels, 5, 0.07)
-    for m in range(6):
-        assert scores[m] == pytest.approx(slow_vote(similarity[m], labels[m], 5, 0.07))
+    similarity = -np.sort(-rng.uniform(-1, 1, (30, 20)).astype(np.float32), axis=1)
+    labels, truth = rng.integers(0, 6, (30, 20)), rng.integers(0, 8, 30)
+    ks, temperatures = [5, 1, 20, 10], [0.1, 0.03, 1.0]
+    found = ranks(similarity, labels, truth, ks, temperatures)
+    for i, k in enumerate(ks):
+        for j, t in enumerate(temperatures):
+            expected = [slow_rank(similarity[m, :k], labels[m, :k].tolist(), truth[m], 8, t) for m in range(30)]
+            assert found[i, j].tolist() == expected
+
+
+def test_of_classes_with_equal_votes_the_lower_comes_first():
+    similarity, labels = np.full((3, 4), 0.5, np.float32), np.tile([2, 1, 1, 2], (3, 1))
+    assert ranks(similarity, labels, np.array([1, 2, 0]), [4], [0.07])[0, 0].tolist() == [0, 1, NOWHERE]
 
 
 def test_votes_do_not_overflow_at_a_tiny_temperature():
-    assert vote(np.array([[1.0, 0.9, -1.0]]), np.array([[1, 0, 0]]), 2, 1e-4)[0].tolist() == [0, 1]
+    similarity, labels = np.array([[1.0, 0.9, -1.0]], np.float32), np.array([[1, 0, 0]])
+    assert ranks(similarity, labels, np.array([1]), [3], [1e-4]).item() == 0
 
 
 def test_temperature_decides_between_the_nearest_and_the_many():
     similarity, labels = np.array([[0.9, 0.6, 0.6, 0.6]]), np.array([[0, 1, 1, 1]])
-    assert vote(similarity, labels, 2, 0.07).argmax() == 0
-    assert vote(similarity, labels, 2, 10.0).argmax() == 1
+    assert ranks(similarity, labels, np.array([0]), [4], [0.07, 10.0]).ravel().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("k", "name"), [(10, "top1_weighted_knn"), (1, "top1_1nn")])
+def test_accuracy_is_that_of_the_official_code_of_instdisc(oracle, k, name):
+    o = oracle("instdisc_weighted_knn")
+    bank, queries = (o[f"{side}_features"].numpy() for side in ("train", "test"))
+    found = knn_top1(bank, o["train_labels"].numpy(), queries, o["test_labels"].numpy(), k, float(o["temperature"]))
+    assert found == o[name].item()
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])

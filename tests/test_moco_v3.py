@@ -31,8 +31,8 @@ def make_synced() -> MoCoV3:
 
 def by_hand(method, views):
     q = [unit(method.predictor(method.projector(method.encoder(x)))) for x in views]
-    k = [unit(method.target(x)) for x in views[:2]]
-    total, pairs = 0, [(i, j) for j in range(2) for i in range(len(views)) if i != j]
+    k = [unit(method.target(x)) for x in views]
+    total, pairs = 0, [(i, j) for j in range(len(views)) for i in range(len(views)) if i != j]
     for i, j in pairs:
         p = (q[i] @ k[j].T / 0.2).exp()
         total = total - (p.diag() / p.sum(1)).log().mean()

@@ -29,7 +29,7 @@ def by_hand(method, views):
     cos = nn.CosineSimilarity(dim=1)
     z = [method.projector(method.encoder(x)) for x in views]
     p = [method.predictor(x) for x in z]
-    pairs = [(i, j) for j in range(2) for i in range(len(views)) if i != j]
+    pairs = [(i, j) for j in range(len(views)) for i in range(len(views)) if i != j]
     return -sum(cos(p[i], z[j].detach()).mean() for i, j in pairs) / len(pairs)
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sslzoo import __version__
-from sslzoo.blocks import Encoder, LabEncoder, PatchEncoder
+from sslzoo.blocks import MLP, Encoder, LabEncoder, PatchEncoder
 from sslzoo.checkpoints.files import write_whole
 from sslzoo.errors import UserError
 
 log = logging.getLogger(__name__)
 
 KINDS = {kind.__name__: kind for kind in (Encoder, LabEncoder, PatchEncoder)}
+PROJECTOR = "projector/"  # begins the names of its tensors; no tensor of a timm model has a slash
 
 
 def save_backbone(
@@ -27,9 +29,16 @@ def save_backbone(
     std: list[float],
     image_size: int,
     config_hash: str,
+    projector: nn.Sequential | None = None,
 ) -> Path:
-    """Write ``encoder`` and its metadata: how to build it, and what its images looked like."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.net.state_dict().items()}
+    """Write ``encoder`` and its metadata: how to build it, and what its images looked like.
+
+    ``projector``: its first layer (linear, norm, ReLU), kept for fine-tuning; see ``load_projector``.
+    """
+    tensors = dict(encoder.net.state_dict())
+    if projector is not None:
+        tensors |= {PROJECTOR + name: tensor for name, tensor in projector.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": "sslzoo",
         "version": __version__,
@@ -92,13 +101,34 @@ def load_backbone(path_or_name: str | Path, pretrained: bool | str = "auto", enc
     return built.eval()
 
 
+def load_projector(path: str | Path) -> nn.Sequential | None:
+    """The projector's first layer that a run kept beside its encoder, ``(B, D) -> (B, d)``; None where it kept none.
+
+    Raises:
+        UserError: if its tensors are not those of a linear layer and its norm.
+    """
+    read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        kept = [name for name in file.keys() if name.startswith(PROJECTOR)]  # noqa: SIM118 no mapping
+        weights = {name.removeprefix(PROJECTOR): file.get_tensor(name) for name in kept}
+    if not weights:
+        return None
+    try:
+        width, dim = weights["0.weight"].shape
+        projector = nn.Sequential(*MLP(dim, width, last_norm="batch"), nn.ReLU(inplace=True))
+        projector.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} has a projector that is no linear layer with its norm; the file is damaged") from error
+    return projector.eval()
+
+
 def _from_file(path: Path) -> Encoder:
     metadata = read_metadata(path)
     kind = metadata.get("kind")
     if kind not in KINDS:
         raise UserError(f"{path} holds an encoder of kind {kind}, none of {', '.join(KINDS)}; update sslzoo")
     built = KINDS[kind](**metadata["encoder"])
-    weights = load_file(path)
+    weights = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(PROJECTOR)}
     expected = built.net.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys()) or [
         key for key, value in expected.items() if value.shape != weights[key].shape

@@ -1,19 +1,88 @@
 """Features of a set under a frozen encoder, and what they look like as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sslzoo.blocks.encoder import Encoder
+from sslzoo.blocks import Encoder, LabEncoder, PatchEncoder
 from sslzoo.data.images import ImageSet
 from sslzoo.data.module import clean_batches
 from sslzoo.errors import UserError
 from sslzoo.views import Clean
 
+KINDS = ("last", "last4")
 
-@torch.no_grad()
+
+def layers(encoder: Encoder, x: Tensor, kinds: Sequence[str] = ("last",)) -> dict[str, Tensor]:
+    """Features of each kind, in one pass: ``(B, 3, H, W) -> {kind: (B, D_kind)}``.
+
+    ``last`` is what ``encoder(x)`` gives. ``last4`` concatenates the last four layers: of a ViT the class tokens of
+    its last four blocks, normalised as its last one is (DINO, sec. 3.2 and its code), of other networks the averages
+    of their stage maps.
+    """
+    if tuple(kinds) == ("last",):
+        return {"last": encoder(x)}
+    if isinstance(encoder, PatchEncoder):
+        last, four = encoder(x), [each.mean((2, 3)) for each in encoder.maps(x)]
+    elif isinstance(encoder, LabEncoder):
+        views = [_last_and_four(net, view) for net, view in zip(encoder.net, encoder.views(x), strict=True)]
+        last = torch.cat([last for last, _ in views], 1)
+        four = [torch.cat(of_stage, 1) for of_stage in zip(*(four for _, four in views), strict=True)]
+    else:
+        last, four = _last_and_four(encoder.net, x)
+    found = {"last": last, "last4": torch.cat(four, 1)}
+    return {kind: found[kind] for kind in kinds}
+
+
+def _last_and_four(net: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The feature ``(B, D)`` of one timm model, and those of its last four layers."""
+    if isinstance(net, VisionTransformer) and net.cls_token is not None:
+        final, blocks = net.forward_intermediates(x, indices=4, return_prefix_tokens=True, norm=True)
+        return net.forward_head(final), [prefix[:, 0] for _, prefix in blocks]
+    final, maps = net.forward_intermediates(x, indices=4)
+    return net.forward_head(final), [each.mean((2, 3)) for each in maps]
+
+
+def feature_batches(
+    encoder: Encoder,
+    images: ImageSet,
+    clean: Clean,
+    kinds: Sequence[str] = ("last",),
+    rows: Sequence[int] | None = None,
+    batch_size: int = 512,
+    on_error: str = "raise",
+    half: bool = False,
+) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
+    """Features of ``rows`` (default: all) in eval mode, without augmentation, a batch at a time.
+
+    Args:
+        half: compute in bfloat16; for curves, not for published numbers.
+
+    Yields:
+        ``{kind: (b, D_kind)}`` float32 on the encoder's device, and the rows they belong to ``(b,)``.
+
+    Raises:
+        UserError: if features are not finite.
+    """
+    device = next(encoder.parameters()).device
+    training = encoder.training
+    encoder.eval()
+    try:
+        for x, part in clean_batches(images, clean, batch_size, rows, on_error):
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                found = layers(encoder, x.to(device, non_blocking=True), kinds)
+            found = {kind: h.float() for kind, h in found.items()}
+            if not all(h.isfinite().all() for h in found.values()):
+                raise UserError("the backbone gives features that are not finite (NaN or inf); it was not trained well")
+            yield found, part
+    finally:
+        encoder.train(training)
+
+
 def features(
     encoder: Encoder,
     images: ImageSet,
@@ -23,33 +92,39 @@ def features(
     on_error: str = "raise",
     half: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit features of ``rows`` (default: all) in eval mode, without augmentation.
+    """Unit features of ``rows``, ``(n, D)`` float32, and the rows they belong to ``(n,)``; see ``feature_batches``."""
+    batches = feature_batches(encoder, images, clean, ("last",), rows, batch_size, on_error, half)
+    found = [(normalize(h["last"], dim=1).cpu(), part) for h, part in batches]
+    return torch.cat([z for z, _ in found]).numpy(), np.concatenate([part for _, part in found])
 
-    Args:
-        half: compute in bfloat16; for curves, not for published numbers.
 
-    Returns:
-        ``(n, D)`` float32 rows of length one, and the rows they belong to ``(n,)``.
+def unit(z: np.ndarray) -> np.ndarray:
+    """Rows of length one, ``(n, D)``, a copy."""
+    return normalize(torch.from_numpy(np.array(z)), dim=1).numpy()
+
+
+def unit_parts(z: np.ndarray, size: int = 65536) -> Iterator[np.ndarray]:
+    """The same a part at a time, for features that lie on disk."""
+    for start in range(0, len(z), size):
+        yield unit(z[start : start + size])
+
+
+def check_size(encoder: Encoder, size: int, kinds: Sequence[str] = ("last",)) -> dict[str, int]:
+    """Try the encoder on one empty image of ``size`` pixels; returns the width of each kind of feature.
 
     Raises:
-        UserError: if features are not finite.
+        UserError: if the encoder cannot take images of this size.
     """
     device = next(encoder.parameters()).device
-    training = encoder.training
-    encoder.eval()
-    found, kept = [], []
     try:
-        for x, part in clean_batches(images, clean, batch_size, rows, on_error):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                h = encoder(x.to(device, non_blocking=True))
-            found.append(normalize(h.float(), dim=1).cpu())
-            kept.append(part)
-    finally:
-        encoder.train(training)
-    z = torch.cat(found)
-    if not z.isfinite().all():
-        raise UserError("the backbone gives features that are not finite (NaN or inf); it was not trained well")
-    return z.numpy(), np.concatenate(kept)
+        with torch.no_grad():
+            found = layers(encoder.eval(), torch.zeros(1, 3, size, size, device=device), kinds)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the backbone takes no images of image_size={size} pixels ({said}); set image_size to its own"
+        ) from error
+    return {kind: h.shape[1] for kind, h in found.items()}
 
 
 def raw_pixels(images: ImageSet, clean: Clean, rows: Sequence[int] | None = None, on_error: str = "raise"):
