@@ -1,0 +1,187 @@
+"""Train a detector on a backbone, and score it on held-out images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from sslzoo.blocks import Encoder
+from sslzoo.config import built, plain
+from sslzoo.data.box_module import Boxes
+from sslzoo.data.box_set import BoxSet
+from sslzoo.data.boxes import chosen, load_boxes
+from sslzoo.downstream import detectors
+from sslzoo.downstream.average_precision import write_results
+from sslzoo.downstream.detection import Detection, Evaluate, predict
+from sslzoo.errors import UserError
+from sslzoo.monitor import Metrics, device_memory_mb
+from sslzoo.optim import Optim
+from sslzoo.report.csv_log import CsvLog
+from sslzoo.report.detections import curves, predictions
+from sslzoo.report.progress import Bar, console
+from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
+from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started
+
+# What build's arguments are called in conf/task/detect.yaml: the same
+BUILT = (
+    *("min_size", "max_size", "channels", "convs", "norm", "rois", "proposals"),
+    *("score", "nms", "iou", "sigma", "detections"),
+)
+
+
+def run(config: DictConfig, overrides: Sequence[str]) -> dict:
+    """Train ``config.task.model`` on ``config.backbone``; leave its scores, what it found, curves and pictures."""
+    checkpoint = None
+    if config.resume is not None:
+        config, checkpoint = resumed(config, overrides)
+    for override in overrides:
+        if override.startswith(("optim.", "views=", "views.")):
+            raise UserError(f"{override} is pretraining's; for task=detect type task.optim.* or task.augment")
+    task, masks = config.task, str(config.task.model).startswith("mask")
+    if config.data.label_list is not None:
+        raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
+    pl.seed_everything(config.seed, verbose=False)
+    encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
+    pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
+    train, val = load_sets(config, masks)
+    detector = build_detector(sized, encoder, len(train.classes))
+    data = load_data(config, train, val, masks)
+    optim = built(task.optim, "task.optim", Optim, batch_size=data.batch_size)
+    module = Detection(detector, optim, task.clip)
+    module.seed = config.seed
+    evaluate = Evaluate(val, task.every_epochs, task.metric, masks)
+    on = device(config)
+    leave_cores_to_views(on[0], config)
+    named = f"task.model={task.model} on backbone={config.backbone}"
+    state = read_checkpoint(checkpoint, module, named) if checkpoint else None
+    run_dir = started(config, overrides)
+    console.print(f"{task.model} on {config.backbone}: {len(train)} images of {train.name}, {on[1]}, {run_dir}")
+
+    rows = CsvLog(run_dir / "metrics.csv")
+    if config.resume:
+        rows.forget_after(state["global_step"] if state else 0)
+    metrics = Metrics(config.monitor.log_every)
+    bar = Bar(metrics, evaluate, shown=("AP", "map"))
+    trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
+    if not trainer.is_global_zero:
+        return {}
+
+    found = evaluate.predictions or predict(module, val)
+    write_results(run_dir / "results.json", val, found)
+    title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
+    curves(rows.rows, run_dir / "curves.png", title)
+    predictions(run_dir / "predictions.png", val, found, title)
+    summary = {
+        "task": "detect",
+        "method": encoder.metadata["method"],
+        "data": train.name,
+        "model": task.model,
+        **{name: evaluate.values.get(name) for name in ("map", "map_50", "map_75")},
+        **evaluate.values,
+        "metric": task.metric,
+        "boxes_per_image": sum(len(each["scores"]) for each in found) / len(found),
+        "true_boxes_per_image": len(val.labels) / len(val),
+        "loss": metrics.loss,
+        "steps": trainer.global_step,
+        "epochs": data.loader.position / len(data.loader),
+        "seconds": metrics.seconds,
+        "images_seen": trainer.global_step * data.batch_size,
+        "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
+        "train_images": len(train),
+        "val_images": len(val),
+        "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
+        "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
+        "precision": on[1],
+        "world_size": trainer.world_size,
+        "backbone": str(config.backbone),
+        "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),
+        **provenance(config, overrides),
+    }
+    write_summary(run_dir, summary)
+    report(summary, run_dir)
+    return summary
+
+
+def load_sets(config: DictConfig, masks: bool) -> tuple[BoxSet, BoxSet]:
+    """The training and held-out images of ``config.data``.
+
+    Raises:
+        UserError: if these data have no boxes.
+    """
+    settings = chosen(plain(config.data))
+    train, val = load_boxes(**settings, masks=masks, segmentation=masks, seed=config.seed)
+    if not len(val.labels):
+        raise UserError(f"the held-out images of data={val.name} have no boxes to score by; choose data that has some")
+    return train, val
+
+
+def load_data(config: DictConfig, train: BoxSet, val: BoxSet, masks: bool) -> Boxes:
+    """Batches of ``train`` as ``config`` asks for them."""
+    if config.trainer.accumulate_grad_batches != 1:
+        raise UserError("task=detect does not accumulate gradients: set trainer.accumulate_grad_batches=1")
+    sizes = config.task.min_size
+    return Boxes(
+        train,
+        val,
+        config.task.augment,
+        sizes if isinstance(sizes, int) else sizes[-1],
+        config.data.batch_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        masks=masks,
+    )
+
+
+def build_detector(config: DictConfig, encoder: Encoder, classes: int) -> nn.Module:
+    """``config.task.model`` on ``encoder``, after a look at whether the two get along.
+
+    Raises:
+        UserError: if they do not.
+    """
+    settings = {key: value for key, value in plain(config.task).items() if key in BUILT}
+    mean, std = list(config.data.mean), list(config.data.std)
+    detector = detectors.build(config.task.model, encoder, classes, mean, std, **settings)
+    detector.to(next(encoder.parameters()).device)
+    check_maps(detector, config)
+    return detector
+
+
+def check_maps(detector: nn.Module, config: DictConfig) -> None:
+    """Refuse, by UserError, an encoder that gives no maps of images of this size; leave out what maps do not need.
+
+    A ViT's last norm, for one, comes after its maps: ranks would wait for its gradient.
+    """
+    body = detector.backbone.eval()
+    sizes = config.task.min_size
+    wanted = sizes if isinstance(sizes, int) else sizes[-1]
+    side = -(-wanted // body.divisible) * body.divisible
+    weight = next(body.parameters())
+    try:
+        levels = body(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
+        says = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"backbone={config.backbone} gives no maps of images of {side} pixels ({says});"
+            " take another backbone or task.min_size"
+        ) from error
+    needed = {id(p) for p in detector.roi_heads.parameters()} if "rcnn" in config.task.model else set()
+    torch.stack([level.sum() for level in levels.values()]).sum().backward()
+    for p in body.encoder.parameters():
+        if p.grad is None and id(p) not in needed:
+            p.requires_grad_(False)
+    body.zero_grad()
+
+
+def report(summary: dict, run_dir: Path) -> None:
+    """The lines a detection run ends with."""
+    of = {"map": "AP", "map_50": "AP50", "map_75": "AP75", "mask_map": "mask AP"}
+    scores = ", ".join(f"{name} {100 * summary[key]:.1f}" for key, name in of.items() if summary.get(key) is not None)
+    console.print(
+        f"{scores} ({summary['metric']}, {summary['val_images']} held-out images of {summary['data']}),"
+        f" {summary['boxes_per_image']:.1f} boxes an image of {summary['true_boxes_per_image']:.1f}"
+    )
+    written = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
+    console.print(f"{summary['steps']} steps in {summary['seconds']:.0f} s -> {run_dir}: {written}")

@@ -1,0 +1,410 @@
+"""Detection: batches that repeat, what is found in which image, whole runs, and what is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from boxed import random_predictions, random_truth, write_coco
+from runs import Killed, checkpoint_of, trainer
+from sslzoo.__main__ import main, run
+from sslzoo.blocks import Encoder
+from sslzoo.blocks.norm import sync_batchnorm
+from sslzoo.checkpoints import save_backbone
+from sslzoo.config import composed, config_hash, options, plain
+from sslzoo.data.box_module import AUGMENTS, Boxes, BoxLoader, mirrored
+from sslzoo.data.boxes import load_boxes
+from sslzoo.downstream.average_precision import coco_scores
+from sslzoo.downstream.detection import Detection, Evaluate, predict, score
+from sslzoo.downstream.detectors import build
+from sslzoo.errors import UserError
+from sslzoo.monitor import Metrics
+from sslzoo.optim import Optim
+from sslzoo.report.csv_log import read_rows
+from sslzoo.tasks.detect import BUILT, build_detector
+
+SMALL = {"channels": 16, "convs": 1, "norm": "group", "rois": 8, "proposals": 10}
+IDS = (3, 90)  # of the categories
+COLOURS = ((230, 40, 40), (40, 60, 230))
+
+
+def rectangles(root, split: str, count: int, seed: int) -> dict:
+    """Pictures of 48 to 64 pixels with a red and a blue rectangle or none, and COCO's description of them."""
+    rng = np.random.default_rng(seed)
+    folder = root / f"{split}2017"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i in range(count):
+        height, width = rng.integers(48, 65, 2).tolist()
+        pixels = rng.integers(90, 150, (height, width, 3), dtype=np.uint8)
+        image = 1000 + 7 * i
+        for k, category in enumerate(IDS if i % 4 != 3 else ()):
+            left, top, w, h = (*rng.integers(2, 16, 2), *rng.integers(18, 30, 2))
+            left, top = (left, top) if k == 0 else (min(left + 20, width - w), min(top + 20, height - h))
+            pixels[top : top + h, left : left + w] = COLOURS[k]
+            box = [int(left), int(top), int(w), int(h)]
+            polygon = [left, top, left + w, top, left + w, top + h, left, top + h]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0,
+                 "area": int(w * h), "segmentation": [[int(value) for value in polygon]]}
+            )  # fmt: skip
+        Image.fromarray(pixels).save(folder / f"{image}.png")
+        images.append({"id": image, "file_name": f"{image}.png", "height": height, "width": width})
+    categories = [{"id": category, "name": name} for category, name in zip(IDS, ("red", "blue"), strict=True)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder in COCO's layout: 12 training and 6 held-out pictures."""
+    root = tmp_path_factory.mktemp("coco")
+    return write_coco(root, rectangles(root, "train", 12, 0), rectangles(root, "val", 6, 1))
+
+
+@pytest.fixture(scope="module")
+def sets(root):
+    return load_boxes("coco", root)
+
+
+def detector(model: str = "retinanet", **options) -> nn.Module:
+    encoder = Encoder("resnet10t", width=0.125)
+    return build(model, encoder, 2, [0.5] * 3, [0.25] * 3, min_size=64, max_size=64, **{**SMALL, **options})
+
+
+# Batches
+
+
+def loader(sets, **options) -> BoxLoader:
+    return BoxLoader(sets[0], **{"augment": "s1", "size": 48, "batch_size": 4, "seed": 5, **options})
+
+
+def same(a, b) -> bool:
+    """Whether two lists of batches are equal to the bit."""
+    one, other = ([t for batch in batches for t in flat(batch)] for batches in (a, b))
+    return len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def flat(batch) -> list[torch.Tensor]:
+    return [*batch.images, batch.index, *(target[name] for target in batch.targets for name in sorted(target))]
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_batches_are_a_function_of_seed_epoch_and_image_alone(sets, augment):
+    batches = list(loader(sets, augment=augment, workers=3))
+    assert len(batches) == 3
+    assert same(batches, loader(sets, augment=augment, workers=1))
+    assert not same(batches, loader(sets, augment=augment, seed=6))
+    assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(12))
+    for batch in batches:
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            assert image.dtype == torch.uint8
+            assert image.shape == (3, 48, 48) or augment == "flip"
+            assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+
+
+def test_a_loader_goes_on_where_it_stood_and_epochs_differ(sets):
+    whole = loader(sets)
+    first, second = list(whole), list(whole)
+    assert whole.position == 6
+    assert not same(first, second)
+    late = loader(sets)
+    late.position = 4
+    assert same(second[1:], late)
+
+
+def test_two_ranks_see_what_one_sees(sets):
+    parts = [list(loader(sets, rank=rank, world=2)) for rank in (0, 1)]
+    for batch, *halves in zip(loader(sets), *parts, strict=True):
+        assert torch.equal(torch.cat([half.index for half in halves]), batch.index)
+        images = [image for half in halves for image in half.images]
+        assert all(torch.equal(a, b) for a, b in zip(images, batch.images, strict=True))
+
+
+def test_a_batch_half_taken_leaves_nothing_behind(sets):
+    taken = iter(loader(sets))
+    next(taken)
+    taken.close()
+
+
+def test_a_mirror_takes_boxes_and_masks_along_and_leaves_crowds_out():
+    pixels = torch.arange(3 * 4 * 10, dtype=torch.uint8).view(3, 4, 10)
+    masks = torch.zeros(2, 4, 10, dtype=torch.uint8)
+    masks[0, 1:3, 2:5] = 1
+    target = {
+        "boxes": torch.tensor([[2.0, 1, 5, 3], [0, 0, 10, 4]]),
+        "labels": torch.tensor([2, 1]),
+        "iscrowd": torch.tensor([False, True]),
+        "masks": masks,
+        "image_id": 7,
+    }
+    seen = set()
+    for draw in range(20):
+        image, found = mirrored(pixels, target, draw)
+        assert found["labels"].tolist() == [2]
+        x1, y1, x2, y2 = found["boxes"][0].int().tolist()
+        assert found["masks"][0].sum() == found["masks"][0, y1:y2, x1:x2].sum() == 6
+        seen.add((x1, x2))
+        assert torch.equal(image, pixels if x1 == 2 else pixels.flip(-1))
+    assert seen == {(2, 5), (5, 8)}
+    assert target["boxes"][0].tolist() == [2, 1, 5, 3]
+
+
+def test_data_that_cannot_train_are_refused(sets):
+    train, val = sets
+    with pytest.raises(UserError, match=r"task\.augment=s5 is none of s1, s2, s3, s4, flip"):
+        Boxes(train, val, "s5", 48, 4)
+    with pytest.raises(UserError, match=r"data\.batch_size=13 is more than the 12 training images"):
+        Boxes(train, val, "s1", 48, 13)
+    with pytest.raises(UserError, match="have no boxes"):
+        Boxes(train.unlabelled(), val, "s1", 48, 4)
+    with pytest.raises(UserError, match="does not split evenly over 3"):
+        loader(sets, world=3)
+
+
+# Training, finding, scoring
+
+
+def test_the_loss_is_the_sum_of_the_detectors_losses(sets):
+    module = Detection(detector())
+    (batch, *_) = loader(sets, size=64)
+    torch.manual_seed(0)
+    parts = module.detector([image / 255 for image in batch.images], batch.targets)
+    assert module.loss(batch).item() == pytest.approx(sum(loss.item() for loss in parts.values()), rel=1e-4)
+
+
+def test_gradients_are_clipped_where_asked(sets):
+    for clip in (None, 0.01):
+        module = Detection(detector(), clip=clip)
+        (batch, *_) = loader(sets, size=64)
+        module.loss(batch).backward()
+        module.before_step()
+        norm = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
+        assert norm > 0.1 if clip is None else norm <= 0.0101
+
+
+def test_what_is_found_belongs_to_its_image_whatever_the_batch(sets):
+    _, val = sets
+    module = Detection(detector(score=0.0, detections=4))
+    module.train()
+    found = predict(module, val, batch_size=1)
+    assert module.training
+    assert len(found) == len(val)
+    for i, each in enumerate(found):
+        height, width = val.sizes[i].tolist()
+        image = torch.from_numpy(val.picture(i)).permute(2, 0, 1) / 255
+        (alone,) = module.detector.eval()([image])
+        torch.testing.assert_close(each["boxes"], alone["boxes"])
+        assert (each["boxes"] <= torch.tensor([width, height, width, height]) + 1e-4).all()
+
+
+def test_scores_are_cocos_and_what_cannot_be_measured_is_left_out():
+    rng = np.random.default_rng(0)
+    truth = random_truth(rng, crowds=0.0)
+    found = random_predictions(rng, truth)
+    scores, all_of_them = score(truth, found), coco_scores(truth, found)
+    assert scores == {name: value for name, value in all_of_them.items() if value >= 0}
+    right = [{**truth.target(i), "scores": torch.ones(len(truth.target(i)["labels"]))} for i in range(len(truth))]
+    for metric in ("coco", "voc07", "voc12"):
+        perfect = score(truth, right, metric)
+        assert perfect["map"] == perfect["map_50"] == perfect["map_75"] == pytest.approx(1.0)
+        assert all(0 <= value <= 1 for value in perfect.values())
+
+
+def test_evaluation_comes_every_few_epochs_and_at_the_end(sets, monkeypatch):
+    train, val = sets
+    seen = []
+    monkeypatch.setattr("sslzoo.downstream.detection.predict", lambda *_: seen.append(1) or [])
+    monkeypatch.setattr("sslzoo.downstream.detection.score", lambda *_: {"map": len(seen) / 10})
+    evaluate = Evaluate(val, every=2)
+    module = Detection(detector(), Optim(lr=1e-4, lr_per=None))
+    trainer(evaluate, max_epochs=5).fit(module, datamodule=Boxes(train, val, "s1", 64, 12))
+    assert len(seen) == 3
+    assert evaluate.state_dict() == {"values": {"map": 0.3}}
+
+
+# Whole runs
+
+
+def command(root, *more: str) -> list[str]:
+    return [
+        "task=detect", "backbone=random", "data=coco", f"data.root={root}", "data.batch_size=4", "data.workers=1",
+        "encoder.width=0.125", "encoder.stem=imagenet", "task.min_size=64", "task.max_size=64", "task.channels=16",
+        "task.convs=1", "trainer.max_epochs=3", "task.every_epochs=2", "trainer.accelerator=cpu",
+        "trainer.precision=32-true", "monitor.log_every=1", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, root):
+    run_dir = tmp_path_factory.mktemp("runs") / "detect"
+    return run_dir, run(command(root, f"run_dir={run_dir}", "task.score=0.0"))
+
+
+def test_a_run_leaves_its_scores_curves_pictures_and_results_with_their_own_ids(finished, sets):
+    run_dir, summary = finished
+    files = {"config.yaml", "command.txt", "metrics.csv", "curves.png", "predictions.png", "results.json", "last.ckpt"}
+    assert files | {"summary.json"} == {path.name for path in run_dir.iterdir()}
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert summary["task"] == "detect"
+    assert summary["method"] == "random"
+    assert (summary["steps"], summary["epochs"], summary["images_seen"]) == (9, 3, 36)
+    assert all(0 <= summary[name] <= 1 for name in ("map", "map_50", "map_75", "mar_100"))
+    results = json.loads((run_dir / "results.json").read_text())
+    assert summary["boxes_per_image"] == len(results) / 6
+    assert {result["image_id"] for result in results} <= {1000 + 7 * i for i in range(6)}
+    assert {result["category_id"] for result in results} <= set(IDS)
+    rows = read_rows(run_dir / "metrics.csv")
+    assert [row["step"] for row in rows if "map" in row] == [6, 9]
+    assert [row["map"] for row in rows if "map" in row][-1] == summary["map"]
+    assert [row["loss"] for row in rows if "loss" in row][-1] == summary["loss"]
+    assert len([row for row in rows if "loss" in row]) == 9
+
+
+def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished):
+    unbroken, summary = finished
+    run_dir = tmp_path / "broken"
+    original = Metrics.on_train_batch_start
+
+    def die(self, trainer, *rest):
+        if trainer.global_step == 5:
+            raise Killed
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "on_train_batch_start", die)
+        with pytest.raises(Killed):
+            run(command(root, f"run_dir={run_dir}", "task.score=0.0", "checkpoint.steps=4"))
+    resumed = run([f"resume={run_dir}"])
+    one, other = (checkpoint_of(path)["state_dict"] for path in (unbroken, run_dir))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert (run_dir / "results.json").read_text() == (unbroken / "results.json").read_text()
+    for key in ("loss", "map", "map_50", "steps", "epochs", "config_hash"):
+        assert resumed[key] == summary[key], key
+
+
+@pytest.mark.slow
+def test_a_detector_learns_red_and_blue(tmp_path, root):
+    options = ["trainer.max_epochs=25", "task.every_epochs=25", "task.augment=flip", "task.optim.lr=3e-3"]
+    summary = run(command(root, *options, f"run_dir={tmp_path / 'run'}"))
+    assert summary["map_50"] > 0.5
+
+
+@pytest.mark.slow
+def test_masks_and_soft_suppression_run_to_the_end(tmp_path, root):
+    options = ["task.model=mask_rcnn_fpn", "task.nms=soft", "task.rois=8", "task.proposals=10", "trainer.max_epochs=1"]
+    summary = run(command(root, *options, f"run_dir={tmp_path / 'run'}"))
+    assert 0 <= summary["mask_map"] <= 1
+
+
+def test_what_maps_do_not_need_waits_for_no_gradient():
+    vit = Encoder("vit_tiny_patch16_224", options={"img_size": 64, "depth": 4, "embed_dim": 24, "num_heads": 2})
+    resnet = Encoder("resnet10t", width=0.125)
+    for encoder, model, left_out in ((vit, "retinanet", {"norm.weight", "norm.bias"}), (resnet, "mask_rcnn_c4", set())):
+        config = composed(["task=detect", f"task.model={model}", "task.min_size=64", "task.channels=16"])
+        inside = build_detector(config, encoder, 2).backbone.encoder.net
+        assert {name for name, p in inside.named_parameters() if not p.requires_grad} == left_out
+        assert all(p.grad is None for p in inside.parameters())
+
+
+def test_batchnorm_shared_by_two_parents_is_synchronised_once():
+    module = Detection(detector("faster_rcnn_c4"))
+    module.other = nn.ModuleList([BatchNormAct2d(4)])
+    module.again = module.other
+    names = set(module.state_dict())
+    synced = sync_batchnorm(module, torch.device("cuda"))
+    assert set(synced.state_dict()) == names
+    assert synced.again[0] is synced.other[0]
+    assert synced.encoder.net.bn1 is synced.detector.backbone.encoder.net.bn1
+    left = [name for name, part in synced.named_modules() if type(part) is nn.BatchNorm2d]
+    assert not left
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data=photos"], "data=photos has no boxes; choose one of data=coco, data=voc, data=scenes"),
+        (["task.model=yolo"], "task.model=yolo is none of retinanet"),
+        (["optim.lr=1"], "optim.lr=1 is pretraining's; for task=detect type task.optim.*"),
+        (["backbone=null"], "task=detect needs backbone="),
+        (["task.metric=lvis"], "task.metric=lvis is none of coco, voc07, voc12"),
+        (["task.augment=s9"], "task.augment=s9 is none of"),
+        (["task.every_epochs=0"], "task.every_epochs=0 is no number of epochs"),
+        (["data.batch_size=64"], "data.batch_size=64 is more than the 12 training images"),
+        (["task.optim.schedule=none"], "optim.schedule=none is none of"),
+        (["trainer.accumulate_grad_batches=2"], "set trainer.accumulate_grad_batches=1"),
+        (["protocol=coco_9x"], "protocol=coco_9x does not exist: protocol is one of coco_c4_1x"),
+    ],
+)
+def test_mistakes_are_said_in_one_line_before_anything_is_written(tmp_path, root, capsys, words, message):
+    run_dir = tmp_path / "run"
+    keys = {word.partition("=")[0] for word in words}
+    kept = [word for word in command(root) if word.partition("=")[0] not in keys]
+    if words[0].startswith("data="):
+        kept = [word for word in kept if not word.startswith("data.root")]
+    assert main([*kept, *words, f"run_dir={run_dir}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not run_dir.exists()
+
+
+def test_a_vit_is_no_c4_backbone(tmp_path, root, capsys):
+    encoder = Encoder("vit_tiny_patch16_224", options={"img_size": 32, "depth": 4, "embed_dim": 24, "num_heads": 2})
+    where = {"method": "moco_v3", "mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32, "config_hash": ""}
+    path = save_backbone(encoder, tmp_path / "backbone.safetensors", **where)
+    kept = [word for word in command(root) if not word.startswith("backbone")]
+    assert main([*kept, f"backbone={path}", "task.model=faster_rcnn_c4"]) == 2
+    assert "set task.model=faster_rcnn_fpn" in capsys.readouterr().err
+
+
+# Protocols
+
+
+def test_without_a_protocol_nothing_changes_and_detect_has_its_own():
+    assert "protocol" not in composed([])
+    assert config_hash(composed([])) == config_hash(composed(["data=photos"]))
+    detect = composed(["task=detect"])
+    assert (detect.data.name, detect.data.batch_size) == ("scenes", 16)
+    assert composed(["task=detect", "data=coco", "trainer.max_epochs=7"]).trainer.max_epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("voc0712_c4_24k", 16551),
+        ("coco_c4_1x", 118287),
+        ("coco_c4_2x", 118287),
+        ("coco_fpn_1x", 118287),
+        ("coco_fpn_2x", 118287),
+    ],
+)
+def test_protocols_are_the_published_ones(name, images):
+    config = composed([f"protocol={name}"])
+    task, steps = config.task, config.trainer.max_steps
+    assert config.task.name == "detect"
+    assert set(BUILT) <= task.keys()
+    assert steps == {"24k": 24000, "1x": 90000, "2x": 180000}[name.rpartition("_")[2]]
+    assert (list(task.min_size)[-1], task.max_size, config.data.batch_size) == (800, 1333, 16)
+    optim = Optim(**plain(task.optim) | {"batch_size": 16})
+    an_epoch, warmup = images // 16, 100 if images == 16551 else 1000
+    rates = [optim.lr_at(step, steps, an_epoch) for step in range(steps)]
+    assert rates[0] == pytest.approx(0.02 / 1000)
+    assert rates[round(0.99 * warmup)] < 0.02
+    assert rates[round(1.01 * warmup)] == pytest.approx(0.02)
+    drops = [step for step in range(1, steps) if rates[step] < 0.5 * rates[step - 1]]
+    wanted = (0.75 * steps, steps * 11 / 12) if images == 16551 else (steps * 2 / 3, steps * 8 / 9)
+    assert drops == pytest.approx([math.ceil(step) for step in wanted], abs=1)
+    assert rates[-1] == pytest.approx(0.0002)
+
+
+def test_every_protocol_is_tested():
+    coco = {f"coco_{net}_{times}" for net in ("c4", "fpn") for times in ("1x", "2x")}
+    assert set(options("protocol")) == {"detect", "voc0712_c4_24k", *coco}
