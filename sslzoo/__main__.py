@@ -37,9 +37,10 @@ def run(overrides: Sequence[str]) -> dict:
     from sslzoo.tasks import task, task_to_resume
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    config = composed(overrides)
-    name = config.task.name if config.resume is None else task_to_resume(config.resume)
-    return task(name)(config, overrides)
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    again = [f"task={task_to_resume(typed['resume'])}"] if "resume" in typed and "task" not in typed else []
+    config = composed([*again, *overrides])  # a run that goes on has the settings of its own task
+    return task(config.task.name)(config, overrides)
 
 
 def sweep(overrides: Sequence[str]) -> int:

@@ -269,7 +269,7 @@ def test_unlabelled_images_are_the_rest_of_training_and_unlabeled2017(tmp_path):
 
 
 def test_a_large_file_is_read_fast(tmp_path):
-    """1/20 of COCO's training set; 118,287 images and 860,001 annotations shall take less than 40 s."""
+    """1/20 of COCO's training set; its 118,287 images and 860,001 annotations shall take less than 100 s of CPU."""
     rng = np.random.default_rng(0)
     images, objects = 5914, 43000
     (tmp_path / "train2017").mkdir()
@@ -292,7 +292,7 @@ def test_a_large_file_is_read_fast(tmp_path):
     seconds = time.process_time() - start
     assert len(found) == images
     assert len(found.labels) == objects
-    assert seconds < 40 / 20, seconds
+    assert seconds < 100 / 20, seconds
 
 
 def test_run_lengths_of_the_helpers_are_pycocotools_own():
