@@ -1,7 +1,8 @@
 """Named collectives; without a process group the world is one rank and each of them is the identity.
 
 Rows are ordered by rank everywhere: rank r holds rows ``r * B`` to ``(r + 1) * B`` of what is gathered.
-Every rank must hold the same number of rows, which the loader guarantees by dropping a short last batch.
+Every rank must hold the same number of rows, which the loader guarantees by dropping a short last batch; the first
+time that a number of rows is gathered, ranks compare it.
 """
 
 from collections.abc import Callable
@@ -30,10 +31,19 @@ def mine(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, without a gradient: ``(B, ...) -> (W * B, ...)``."""
+    """Rows of all ranks, without a gradient: ``(B, ...) -> (W * B, ...)``.
+
+    Raises:
+        UserError: on every rank, if they hold unlike numbers of rows.
+    """
     x = x.detach()
     if world() == 1:
         return x
+    check_same(len(x), x.device)
+    return _all_gather(x)
+
+
+def _all_gather(x: Tensor) -> Tensor:
     everyone = x.new_empty((world() * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(everyone, x.contiguous())
     return everyone
@@ -95,19 +105,34 @@ def all_sum_with_grad(x: Tensor) -> Tensor:
     return _AllSum.apply(x) if world() > 1 else x
 
 
-def check_same_rows(rows: int, device: torch.device) -> None:
-    """Refuse a batch of which ranks hold unlike numbers of rows, for collectives would wait for ever. Waits for all.
+_compared: set[tuple[int, str, int]] = set()  # what all ranks are known to have alike
+
+
+def check_same(number: int, device: torch.device, what: str = "batches of {} images") -> None:
+    """Refuse numbers that differ between ranks, for collectives on unlike shapes wait for ever.
+
+    Every rank must ask at the same point. The first time a number is met, ranks and their devices wait for each other;
+    later it is only looked up, so a training step may ask. A number that changes on some of the ranks only is
+    therefore not told: their collectives no longer match.
+
+    Args:
+        number: this rank's.
+        device: where to compare.
+        what: what the message calls it.
 
     Raises:
         UserError: on every rank.
     """
-    if world() > 1:
-        found = all_gather(torch.tensor([rows], device=device)).tolist()
-        if len(set(found)) > 1:
-            raise UserError(
-                f"ranks got batches of {', '.join(map(str, found))} images, but need as many each;"
-                " start all of them with the same data and data.batch_size"
-            )
+    key = (world(), what, number)
+    if world() == 1 or key in _compared:
+        return
+    found = _all_gather(torch.tensor([number], device=device)).tolist()
+    if len(set(found)) > 1:
+        raise UserError(
+            f"ranks got {what.format(', '.join(map(str, found)))}, but need as many each;"
+            " start all of them with the same data and data.batch_size"
+        )
+    _compared.add(key)
 
 
 @torch.no_grad()

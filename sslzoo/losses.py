@@ -1,4 +1,4 @@
-"""Losses that two methods share, as pure functions on ``(B, d)`` tensors of any float dtype.
+"""Losses as pure functions on ``(B, d)`` tensors of any float dtype: what two methods share, and CPC's of patches.
 
 Half-precision inputs are computed in float32: a temperature of 0.07 turns bfloat16's rounding of a cosine into
 errors of the size of the loss. Inputs are taken as they are; the caller normalises.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslzoo.dist import all_gather_with_grad, all_mean, rank
+from sslzoo.dist import all_gather, all_gather_with_grad, rank, world
 
 NCE_EPS = 1e-7  # as in the official code
 
@@ -43,6 +43,29 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Ten
         positive = (q * k).sum(1)  # (B,)
         negative = (q @ negatives.T).logsumexp(1)  # (B,)
         return (torch.logaddexp(positive, negative) - positive).mean()
+
+
+def patch_info_nce(predictions: Tensor, targets: Tensor, offset: int, scale: float, group: int) -> Tensor:
+    """InfoNCE of predicted patches: which of all patches in a group of images lies ``offset`` rows further down?
+
+    Args:
+        predictions: made in rows 0 to G - offset - 1, ``(B, G - offset, G, d)``.
+        targets: features of all patches, ``(B, G, G, d)``.
+        offset: rows from where a prediction is made to its target.
+        scale: of predictions.
+        group: images whose patches are candidates; divides B.
+
+    Returns:
+        The mean over predictions.
+    """
+    (batch, rows, columns), d = targets.shape[:3], targets.shape[3]
+    with torch.autocast(targets.device.type, enabled=False):
+        p = full(predictions).reshape(batch // group, -1, d) * scale  # (groups, group * (G - offset) * G, d)
+        t = full(targets).reshape(batch // group, -1, d)  # (groups, group * G * G, d)
+        places = torch.arange(group * rows * columns, device=t.device).view(group, rows, columns)
+        label = places[:, offset:].reshape(-1)  # of the target of each prediction
+        logits = p @ t.mT  # (groups, group * (G - offset) * G, group * G * G)
+        return F.cross_entropy(logits.flatten(0, 1), label.repeat(len(t)))
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, negatives: Tensor | None = None) -> Tensor:
@@ -111,8 +134,15 @@ def nce_log_z(scores: Tensor, log_z: Tensor, size: int) -> Tensor:
 
     The mean is over positives and negatives of the first batch ever, on all ranks (InstDisc, eq. 8). Z then
     stays: the owner keeps it in a buffer, and so in the checkpoint. A logarithm, for half precision holds no Z.
+
+    Scores reach ``1 / T``, whose exponential float32 does not hold below a temperature of 0.0113: where the largest is
+    far from 0, it is taken out before and put back after the logarithm.
     """
-    estimate = all_mean(full(scores).exp().mean()).log() + math.log(size)
+    scores = full(scores)
+    largest = scores.max()
+    shift = torch.where(largest.abs() > 50, largest, 0.0)
+    mine = (scores - shift).exp().mean().log() + shift
+    estimate = all_gather(mine[None]).logsumexp(0) - math.log(world()) + math.log(size)
     return torch.where(log_z != 0, log_z, estimate.to(log_z.dtype))
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from sslzoo.blocks.encoder import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
-from sslzoo.dist import check_same_rows, from_rank_zero, rank
+from sslzoo.dist import check_same, from_rank_zero, rank
 from sslzoo.memory import memory_buffers
 from sslzoo.optim import Optim
 
@@ -78,6 +78,9 @@ class Method(pl.LightningModule, ABC):
     def check(self, batch_size: int) -> None:
         """Refuse, by UserError, a global batch that the method cannot work with; called before anything starts."""
 
+    def check_views(self, views: list[Tensor]) -> None:
+        """Refuse, by UserError, views ``V x (b, 3, H_v, W_v)`` of a few images; called before anything starts."""
+
     def before_step(self) -> None:
         """What happens to gradients between the backward pass and the optimizer."""
 
@@ -107,9 +110,14 @@ class Method(pl.LightningModule, ABC):
         """Share of the run that is done, 0 to 1."""
         return self.step / self.steps
 
+    def first_step(self, epoch: float) -> int:
+        """The optimizer step with which ``epoch`` begins, counted from 0; it may lie within one."""
+        return math.ceil(epoch * self.steps / self.epochs)
+
     # What follows is Lightning's side: who calls the above, and when.
 
     def on_train_start(self) -> None:
+        check_same(self.trainer.num_training_batches, self.device, "epochs of {} batches")
         self.steps = int(self.trainer.estimated_stepping_batches)
         self.epochs = max(1, round(self.steps / self.steps_per_epoch))
         for buffer in memory_buffers(self).values():
@@ -126,8 +134,7 @@ class Method(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step = self.trainer.global_step
-        if batch_idx == 0:  # once an epoch, for it waits for all ranks
-            check_same_rows(len(batch.index), self.device)
+        check_same(len(batch.index), self.device)
         # Dropout and stochastic depth draw from here: the same in a resumed run, different on each rank.
         seed = hash((self.seed, self.step, batch_idx, rank())) % 2**63
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device each time

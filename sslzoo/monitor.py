@@ -126,7 +126,7 @@ class Metrics(pl.Callback):
         loss = outputs["loss"].detach()
         self._sum = loss.float() if self._sum is None else self._sum.to(loss.device) + loss
         self._count += 1
-        last = batch_idx + 1 == trainer.num_training_batches
+        last = batch_idx + 1 == trainer.num_training_batches or trainer.global_step == trainer.max_steps
         if self._count == self.every * trainer.accumulate_grad_batches or last:
             self._log(trainer, method, len(batch.index) * trainer.world_size)
 

@@ -1,7 +1,7 @@
 """Optimizers and schedules: what a recipe says of them, LARS in its three forms, rates as pure functions."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,24 @@ def warmup_cosine(
 def stepwise(epoch: float, base: float, milestones: Iterable[float], gamma: float = 0.1) -> float:
     """``base`` times ``gamma`` for every milestone that has been reached (MoCo, InstDisc)."""
     return base * gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+@torch.no_grad()
+def clip_each(parameters: Iterable[nn.Parameter], norm: float) -> None:
+    """Scale each parameter's gradient down to ``norm`` where it is longer, on its own (DINO): in place; 0 for none."""
+    if not norm:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, [*(norm / (norms + 1e-6)).clamp(max=1.0)])
+
+
+def evaluated(closure: Callable | None):
+    """What an optimizer's ``closure`` returns, None without one; its gradients are wanted whoever calls."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 class LARS(Optimizer):
@@ -85,10 +103,7 @@ class LARS(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns what ``closure`` returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             moved = [w for w in group["params"] if w.grad is not None]
             self._move([w for w in moved if not self._spares(w, group)], group, adapt=True)
@@ -230,13 +245,20 @@ class Optim:
             return self.weight_decay
         return cosine(self.weight_decay, self.final_weight_decay, progress)
 
-    def groups(self, parameters: Iterable[nn.Parameter], **options) -> list[dict]:
-        """Trainable ``parameters`` as one group, or two where ``exclude`` spares some; ``options`` go to each."""
-        trained = [p for p in parameters if p.requires_grad]
-        if self.exclude == "none":
-            return [{"params": trained, "decay": True, **options}]
-        large, small = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        return [{"params": large, "decay": True, **options}, {"params": small, "decay": False, **options}]
+    def groups(self, parameters: Iterable[nn.Parameter], later: Iterable[nn.Parameter] = (), **options) -> list[dict]:
+        """Trainable ``parameters`` as one group, or two where ``exclude`` spares some; ``options`` go to each.
+
+        Those of them that are frozen at first and trained ``later`` follow in groups of their own: torch's fused SGD
+        cannot begin the momentum of a part of a group when the other part has one.
+        """
+        later = list(later)
+        apart = {id(p) for p in later}
+        trained = [p for p in parameters if p.requires_grad and id(p) not in apart]
+        groups = [{"params": trained, "decay": True, **options}]
+        if self.exclude != "none":
+            large, small = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+            groups = [{"params": large, "decay": True, **options}, {"params": small, "decay": False, **options}]
+        return groups + (self.groups(later, **options) if later else [])
 
     def build(self, groups: list[dict]) -> Optimizer:
         """The optimizer over ``groups`` (see ``groups``), with one kernel for all parameters."""

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -95,7 +96,8 @@ def on_ranks(world: int, work, *arguments) -> list:
 def _rank(rank, world, place, results, work, arguments):
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+        patience = timedelta(minutes=3)  # ranks that wait for each other fail and do not hang
+        torch.distributed.init_process_group("gloo", place, patience, world, rank)
         result = work(rank, *arguments)
     except BaseException as error:
         result = RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")

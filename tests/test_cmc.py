@@ -143,6 +143,16 @@ def test_gray_images_are_looked_for_in_the_first_batch_only(monkeypatch):
     assert len(calls) == 1
 
 
+def test_views_looked_at_before_the_run_are_not_looked_at_again(monkeypatch):
+    calls = []
+    monkeypatch.setattr(TinySplit, "check", lambda self, x: calls.append(x))
+    method, (batch,) = make_nce(), random_batches(1, 8, [(12,)])
+    method.check_views(batch.views)
+    assert calls == batch.views
+    method.loss(batch)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("options", [{"colour": "hsv"}, {"channels": [3, 1]}, {"channels": [3]}, {"colour": "none"}])
 def test_impossible_splits_are_refused(options):
     with pytest.raises(UserError, match=r"encoder\.(colour|channels)="):
@@ -153,6 +163,8 @@ def test_images_of_other_channels_are_refused():
     encoder = LabEncoder("resnet18", "small", 0.25, colour="none", channels=[3, 1])
     with pytest.raises(UserError, match="needs images of 4 channels, these have 3"):
         encoder(torch.randn(2, 3, 16, 16))
+    with pytest.raises(UserError, match="needs images of 4 channels, these have 3"):
+        encoder.check(torch.randn(2, 3, 16, 16))
 
 
 def test_all_ordered_pairs_of_three_views_are_contrasted():

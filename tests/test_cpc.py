@@ -9,7 +9,7 @@ from torch import nn
 from conftest import Tiny
 from ranks import assert_same, random_batches, train_alone, train_on_ranks
 from sslzoo.blocks.context import Context
-from sslzoo.blocks.patches import PatchEncoder, distorted
+from sslzoo.blocks.patches import DRAWS, PatchEncoder, distorted
 from sslzoo.errors import UserError
 from sslzoo.methods.cpc import CPC, patch_info_nce
 from sslzoo.optim import Optim
@@ -124,7 +124,7 @@ def test_context_of_a_row_sees_it_and_rows_above_one_further_for_each_block(bloc
 
 
 def test_distortions_keep_shape_and_do_what_they_say():
-    patches, drawn = torch.rand(8, 3, 3, 3, 8, 8) + 1, torch.randint(2**32, (8, 45))
+    patches, drawn = torch.rand(8, 3, 3, 3, 8, 8) + 1, torch.randint(2**32, (8, 9 * DRAWS))
     assert torch.equal(distorted(patches, drawn), patches)
     cropped = distorted(patches, drawn, crop=2)
     assert ((cropped != 0).sum((3, 4, 5)) == 3 * 6 * 6).all()
@@ -137,6 +137,12 @@ def test_distortions_keep_shape_and_do_what_they_say():
     same = (flipped == patches).all(-1).all(-1).all(-1)
     assert 0.25 < same.double().mean() < 0.75
     assert torch.equal(flipped[~same], patches[~same].flip(-1))
+    jittered, plain = distorted(patches, drawn, jitter=0.5).double(), patches.double()
+    for place in [(0, 0, 0), (5, 2, 1)]:
+        u = 2 * drawn.view(8, 3, 3, DRAWS)[place][5:] / 2**32 - 1
+        expected = [plain[place][k] * math.exp(0.5 * u[0]) + 0.5 * u[k + 1] for k in range(3)]
+        torch.testing.assert_close(jittered[place], torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert len((jittered - plain).mean((-1, -2)).round(decimals=6).unique()) > 200
 
 
 @pytest.mark.parametrize("group", [2, 4])
@@ -222,3 +228,13 @@ def test_what_does_not_fit_is_refused():
         CPC(TinyPatches(), ADAM, offsets=(4,), group=2).double().loss(batch)
     with pytest.raises(UserError, match="group=3 does not divide a batch of 8"):
         CPC(TinyPatches(), ADAM, offsets=(1,), group=3).double().loss(batch)
+
+
+def test_a_few_views_tell_before_the_run_whether_offsets_fit_and_what_chance_is():
+    method = make()
+    with pytest.raises(UserError, match=r"offsets=\[1, 2, 3\] reach beyond a grid of 3 x 3 patches; the largest is 2"):
+        method.check_views([torch.randn(1, 3, 8, 8)])
+    with pytest.raises(UserError, match="do not fill a grid"):
+        method.check_views([torch.randn(1, 3, 9, 9)])
+    method.check_views([torch.randn(1, 3, 10, 10)])  # fewer images than a group: only their size is looked at
+    assert method.loss_at_chance() == pytest.approx(3 * math.log(2 * 16))

@@ -177,6 +177,7 @@ def test_what_a_method_does_not_define_changes_nothing():
     method = Pull()
     before = weights(method)
     method.check(7)
+    method.check_views([torch.zeros(1, 3, 8, 8)])
     method.before_step()
     method.after_step()
     assert torch.equal(weights(method), before)
@@ -193,3 +194,11 @@ def test_every_rank_begins_with_the_memories_of_rank_zero(monkeypatch):
     method = Recorder(Pixels())
     trainer(max_steps=1).fit(method, datamodule=images())
     assert {id(x) for x in sent} == {id(x) for part in (method.queue, method.bank) for x in part.buffers()}
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 1.5, 2, 3])
+def test_an_epochs_first_step_is_the_first_that_is_not_before_it(epoch):
+    method = Pull()
+    method.steps, method.epochs = 10, 4
+    before = [step for step in range(11) if step * 4 / 10 < epoch]
+    assert method.first_step(epoch) == len(before)

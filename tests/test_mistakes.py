@@ -1,15 +1,20 @@
 """What a method cannot work with is refused in one clear line: batches, memories, banks, images, ranks."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from conftest import on_ranks
 from runs import Pull, archive, image_set, images, trainer
 from sslzoo import dist
 from sslzoo.__main__ import main
 from sslzoo.config import composed, options
 from sslzoo.errors import UserError
 from sslzoo.losses import candidate_scores, first_of, nce, nce_log_z
+from sslzoo.method import Batch
 from sslzoo.methods.swav import sinkhorn
 from sslzoo.tasks.pretrain import build_method
 
@@ -49,21 +54,56 @@ def test_a_batch_or_memory_that_does_not_fit_is_refused_before_anything_is_writt
     assert not (tmp_path / "run").exists()
 
 
-def test_gray_images_are_refused_by_cmc_before_the_first_step(capsys, tmp_path):
+def gray_archive(path):
     gray = np.random.default_rng(0).integers(0, 255, (64, 16, 16), dtype=np.uint8)
     labels = np.arange(64) % 3
-    np.savez(tmp_path / "gray.npz", train_images=gray, train_labels=labels, val_images=gray, val_labels=labels)
-    line = complaint(capsys, tmp_path, "method=cmc", "method.negatives=8", root=tmp_path / "gray.npz")
-    assert "no image of the first batch has any colour; set encoder.colour=edges" in line
-    assert not (tmp_path / "run" / "last.ckpt").exists()
+    np.savez(path, train_images=gray, train_labels=labels, val_images=gray, val_labels=labels)
+    return path
 
 
-def test_patches_that_do_not_fit_the_image_are_refused_before_the_first_step(capsys, tmp_path):
-    line = complaint(capsys, tmp_path, "method=cpc", "encoder.patch=8", "encoder.stride=5")
-    assert (
-        "patches of 8 pixels every 5 do not fill a grid of 3 x 3 or more on an image of 16; set image_size=18" in line
-    )
-    assert not (tmp_path / "run" / "last.ckpt").exists()
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["method=cmc", "method.negatives=8"], "no image of the first batch has any colour; set encoder.colour=edges"),
+        (
+            ["method=cmc", "method.negatives=8", "encoder.colour=none", "encoder.channels=[3,1]"],
+            "encoder.channels=[3, 1] needs images of 4 channels, these have 3",
+        ),
+        (
+            ["method=cpc", "encoder.patch=8", "encoder.stride=5"],
+            "patches of 8 pixels every 5 do not fill a grid of 3 x 3 or more on an image of 16; set image_size=18",
+        ),
+        (
+            ["method=cpc", "encoder.patch=8", "encoder.stride=4", "method.offsets=[1,3]"],
+            "method.offsets=[1, 3] reach beyond a grid of 3 x 3 patches; the largest is 2",
+        ),
+        (
+            [
+                "method=cpc",
+                "encoder.patch=8",
+                "encoder.stride=4",
+                "method.offsets=[1]",
+                "method.group=4",
+                "views.full.size=16",
+                "image_size=18",
+            ],
+            "patches of 8 pixels every 4 do not fill a grid of 3 x 3 or more on an image of 18",
+        ),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_before_anything_is_written(capsys, tmp_path, arguments, told):
+    assert told in complaint(capsys, tmp_path, *arguments, root=gray_archive(tmp_path / "gray.npz"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_cannot_be_read_is_refused_before_anything_is_written_if_it_is_among_the_first(capsys, tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(32):
+        (root / f"{i}.png").write_bytes(b"no picture")
+    line = complaint(capsys, tmp_path, "data=folder", "method=simsiam", root=root)
+    assert "cannot be decoded" in line
+    assert not (tmp_path / "run").exists()
 
 
 # Accumulation
@@ -121,19 +161,76 @@ def test_nce_of_features_all_alike_or_all_opposite_is_finite_in_half_precision(d
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.07, 0.011, 0.005, 0.002])
+def test_z_of_any_temperature_is_that_of_float64(dtype, temperature):
+    """``exp(1 / 0.011)`` is beyond float32, and ``exp(-1 / 0.005)`` is 0 in it."""
+    f = torch.nn.functional.normalize(torch.randn(6, 8), dim=1).to(dtype)
+    near, far = f[:, None].expand(6, 9, 8), -f[:, None].expand(6, 9, 8)
+    for candidates in (near, far, torch.cat([near, far], 1)):
+        scores = candidate_scores(f, candidates, temperature)
+        log_z = nce_log_z(scores, torch.zeros(()), 10**6)
+        exact = scores.double().flatten().logsumexp(0) - np.log(scores.numel()) + np.log(1e6)
+        assert log_z.item() == pytest.approx(exact.item(), rel=1e-6)
+        assert nce_log_z(scores, torch.zeros((), dtype=dtype), 10**6).isfinite()
+        assert nce(scores, log_z, 10**6).isfinite()
+
+
 # Ranks
 
 
-@pytest.mark.parametrize("rows", [4, 3])
-def test_ranks_with_unlike_batches_are_all_told_instead_of_waiting_for_ever(monkeypatch, rows):
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather", lambda x: torch.tensor([4, 3]))
-    with pytest.raises(UserError, match="ranks got batches of 4, 3 images, but need as many each; start all of them"):
-        dist.check_same_rows(rows, torch.device("cpu"))
+def own_loops_and_the_trainers(rank):
+    """What each method says to a batch that is smaller on the second rank: its loss, and its training step."""
+    told = {}
+    for name in ("moco", "simclr", "byol"):
+        method = built(name, "trainer.accumulate_grad_batches=1", "method.bn_groups=1" if name == "moco" else "seed=0")
+        method.trainer = SimpleNamespace(global_step=0)
+        share = 4 - rank
+        batch = Batch([torch.rand(share, 3, 16, 16)] * 2, torch.arange(share), torch.full((share,), -1))
+        for kind, take in (("loss", method.loss), ("step", lambda batch, m=method: m.training_step(batch, 0))):
+            try:
+                told[name, kind] = float(take(batch))
+            except UserError as error:
+                told[name, kind] = str(error)
+    return told
 
 
-def test_batches_are_compared_once_an_epoch(monkeypatch):
+def test_ranks_with_unlike_batches_are_all_told_instead_of_waiting_for_ever():
+    begun = time.monotonic()
+    ranks = on_ranks(2, own_loops_and_the_trainers)
+    line = "ranks got batches of 4, 3 images, but need as many each; start all of them with the same data and data."
+    for told in ranks:
+        assert isinstance(told.pop(("byol", "loss")), float)  # gathers nothing, so has nothing to wait for
+        assert len(told) == 5
+        for said in told.values():
+            assert said.startswith(line)
+    assert time.monotonic() - begun < 120  # the group's patience is 180 s
+
+
+def epochs_and_looks(rank):
+    told, device, looked = [], torch.device("cpu"), []
+    gather = dist._all_gather
+    dist._all_gather = lambda x: looked.append(x.tolist()) or gather(x)
+    for number in (8, 8, 4, 8, 4):
+        dist.check_same(number, device)
+    try:
+        dist.check_same(10 + rank, device, "epochs of {} batches")
+    except UserError as error:
+        told.append(str(error))
+    return told, looked
+
+
+def test_a_number_is_compared_the_first_time_only_and_unlike_epochs_are_told():
+    for rank, (told, looked) in enumerate(on_ranks(2, epochs_and_looks)):
+        assert told == [
+            "ranks got epochs of 10, 11 batches, but need as many each; start all of them with the same data and"
+            " data.batch_size"
+        ]
+        assert looked == [[8], [4], [10 + rank]]
+
+
+def test_the_trainer_compares_epochs_and_every_batch(monkeypatch):
     asked = []
-    monkeypatch.setattr("sslzoo.method.check_same_rows", lambda rows, device: asked.append(rows))
-    trainer(max_epochs=3).fit(Pull(), datamodule=images(batch_size=8))
-    assert asked == [8, 8, 8]
+    monkeypatch.setattr("sslzoo.method.check_same", lambda number, device, *what: asked.append((number, *what)))
+    trainer(max_epochs=2).fit(Pull(), datamodule=images(batch_size=8))
+    assert asked == [(3, "epochs of {} batches"), *[(8,)] * 6]

@@ -132,6 +132,14 @@ def test_rate_in_a_row_is_that_of_its_last_step_and_seconds_are_those_of_trainin
     assert metrics.seconds == pytest.approx(sum(8 / row["images_per_second"] for row in log.rows))
 
 
+def test_a_run_that_ends_by_its_steps_has_told_of_the_last_ones():
+    metrics = Metrics(10)
+    trainer(metrics, max_epochs=-1, max_steps=8, accumulate_grad_batches=2).fit(Pull(), datamodule=images())
+    assert metrics.images == 8 * 2 * 4
+    assert metrics.seconds > 0
+    assert math.isfinite(metrics.loss)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try():
     with pytest.raises(UserError, match=r"loss is nan at step 4: the run diverged.*optim\.lr=0\.0002 or"):
         trainer(Metrics(2)).fit(Losing(nan_at=2), datamodule=images())

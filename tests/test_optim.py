@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import close
 from sslzoo.errors import UserError
-from sslzoo.optim import LARS, Optim, cosine, stepwise, warmup_cosine
+from sslzoo.optim import LARS, Optim, clip_each, cosine, stepwise, warmup_cosine
 
 # Schedules
 
@@ -282,3 +282,22 @@ def test_lars_leaves_what_has_no_gradient():
 def test_an_unknown_form_of_lars_lists_the_known_ones():
     with pytest.raises(UserError, match="no form fast: classic, popular, larc"):
         LARS(parameters(), lr=0.1, form="fast")
+
+
+def test_parameters_trained_later_are_in_groups_of_their_own_after_the_others():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    for exclude, groups in (("none", [[0, 1], [2, 3]]), ("bias_and_norm", [[0], [1], [2], [3]])):
+        found = Optim(exclude=exclude).groups(net.parameters(), later=net[1].parameters(), lr_scale=2.0)
+        place = {id(p): i for i, p in enumerate(net.parameters())}
+        assert [[place[id(p)] for p in group["params"]] for group in found] == groups
+        assert all(group["lr_scale"] == 2.0 for group in found)
+
+
+def test_each_gradient_is_clipped_on_its_own_and_none_without_a_norm():
+    long, short, without = (nn.Parameter(torch.zeros(4)) for _ in range(3))
+    for norm, first in ((2.0, 1.0), (0.0, 3.0)):
+        long.grad, short.grad = torch.full((4,), 3.0), torch.full((4,), 0.5)  # of length 6 and 1
+        clip_each([long, short, without], norm)
+        torch.testing.assert_close(long.grad, torch.full((4,), first), rtol=1e-6, atol=0)
+        assert torch.equal(short.grad, torch.full((4,), 0.5))
+    assert without.grad is None

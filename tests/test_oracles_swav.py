@@ -66,7 +66,7 @@ def test_five_steps_with_multicrop_queue_and_frozen_prototypes(oracle):
     parts = {"projection_head": method.projector, "prototypes": method.prototypes}
     for name, part in parts.items():
         part.load_state_dict({key.removeprefix(name + "."): w for key, w in init.items() if key.startswith(name)})
-    method.normalise_prototypes()
+    method.prototypes.normalise()
     for queue, start in zip(method.queues, o["queue_init"], strict=True):
         queue.keys = start
     optim = Optim(name="sgd", lr_per=None, momentum=float(o["sgd_momentum"]), weight_decay=float(o["weight_decay"]))

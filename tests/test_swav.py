@@ -114,14 +114,14 @@ def test_lightly_has_the_same_loss_with_and_without_queue():
     """Lightly returns shape (1,), puts the queue after the batch and leaves filling it to the caller."""
     method, (batch,) = make(queue_size=0), random_batches(1, 8, CROPS)
     z = normalize(method.projector(method.encoder(torch.cat(batch.views))), dim=1).unflatten(0, (4, 8))
-    s = method.scores(z)
+    s = method.prototypes(z)
     torch.testing.assert_close(method.loss(batch), SwaVLoss()([*s[:2]], [*s[2:]])[0])
 
     method = make(queue_size=16)
-    s = method.scores(z)
+    s = method.prototypes(z)
     method.steps = method.epochs = 10
     method.step = 2  # two batches of eight have filled it
-    queued = [method.scores(queue.keys) for queue in method.queues]
+    queued = [method.prototypes(queue.keys) for queue in method.queues]
     torch.testing.assert_close(method.codes(s)[0], lightly_sinkhorn(torch.cat([s[0], queued[0]]), 3, 0.05)[:8])
 
 
@@ -156,7 +156,7 @@ def frozen_for(optim, epochs):
     method = make(optim, freeze_prototypes=epochs, queue_size=0)
     optimizer = optim.build(method.parameter_groups())
     method.steps, method.epochs = 8, 4
-    method.normalise_prototypes()  # again, in float64
+    method.prototypes.normalise()  # again, in float64
     before = method.prototypes.weight.clone()
     for method.step, batch in enumerate(random_batches(8, 8, CROPS)):
         optimizer.zero_grad()
@@ -180,7 +180,7 @@ def test_queues_fill_from_their_epoch_on_and_are_used_once_full():
     method.steps, method.epochs = 10, 5  # from step 4; full after two batches of 8
     start, used = method.queues[0].keys.clone(), []
     sizes = []
-    method.scores = lambda z, scores=method.scores: sizes.append(z.shape) or scores(z)
+    method.prototypes.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape))
     for method.step, batch in enumerate(random_batches(8, 8, CROPS)):
         sizes.clear()
         method.loss(batch)

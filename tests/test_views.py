@@ -1,7 +1,6 @@
 """Views against torchvision on the same draws, the draws against torchvision's laws, and both against chance."""
 
 import os
-import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightly.transforms import MoCoV2Transform
 from omegaconf import OmegaConf
 from scipy.stats import chisquare, ks_2samp
 from skimage import data
@@ -24,7 +22,6 @@ from sslzoo.errors import UserError
 from sslzoo.views import (
     Blur,
     Clean,
-    FromTransform,
     Jitter,
     Solarize,
     View,
@@ -402,20 +399,6 @@ def test_clean_takes_buffers_pools_and_mixed_sizes():
     with ThreadPoolExecutor(2) as pool:
         assert torch.equal(clean(images, [0, 1, 2], 5, out=out, pool=pool), expected)
     assert torch.equal(out[:3], expected)
-
-
-# Transforms from elsewhere
-
-
-def test_a_lightly_transform_is_reproducible_and_leaves_the_generators_alone():
-    views = FromTransform(MoCoV2Transform(input_size=16), seed=3)
-    states = random.getstate(), torch.get_rng_state()
-    first, second = views(STACK[:3], [5, 6, 7], 0)
-    assert first.shape == second.shape == (3, 3, 16, 16)
-    assert random.getstate() == states[0]
-    assert torch.equal(torch.get_rng_state(), states[1])
-    assert torch.equal(views(STACK[2:3], [7], 0)[1], second[2:])
-    assert not torch.equal(views(STACK[:3], [5, 6, 7], 1)[0], first)
 
 
 # Recipes

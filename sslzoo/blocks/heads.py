@@ -1,8 +1,12 @@
-"""Projectors and predictors: roles of one block."""
+"""Projectors and predictors, roles of one block, and DINO's head."""
 
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslzoo.losses import full, unit
 
 
 def _norm(kind: str | None, width: int, affine: bool = True, beta: bool = True) -> list[nn.Module]:
@@ -43,3 +47,35 @@ class MLP(nn.Sequential):
         kind = last_norm and last_norm.split("_")[0]
         layers += _norm(kind, dims[-1], affine=last_norm != "batch_no_affine", beta=last_norm != "batch_no_beta")
         super().__init__(*layers)
+
+
+class DINOHead(nn.Module):
+    """Three layers, a bottleneck of unit length, and its scores against K weight-normed rows: ``(B, D) -> (B, K)``.
+
+    Scores are in at least float32; initial weights are those of DINO's code.
+
+    Args:
+        dim: D.
+        hidden, bottleneck: widths of the hidden layers and of the bottleneck.
+        out_dim: K.
+        use_bn: BatchNorm after each hidden layer.
+        norm_last_layer: rows stay at length one; false lets them learn it.
+    """
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, out_dim: int, use_bn: bool, norm_last_layer: bool):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before in (dim, hidden):
+            layers += [nn.Linear(before, hidden), *([nn.BatchNorm1d(hidden)] if use_bn else []), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        for layer in (part for part in self.mlp if isinstance(part, nn.Linear)):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        v = nn.Linear(bottleneck, out_dim, bias=False).weight  # w = g * v / |v|, kept apart: the average follows both
+        self.last_layer = nn.ParameterDict({"weight_g": g, "weight_v": v})
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, last = unit(self.mlp(x)), self.last_layer
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(z, full(last["weight_g"]) * unit(last["weight_v"]))

@@ -9,6 +9,7 @@ from sslzoo.blocks.encoder import Encoder
 from sslzoo.errors import UserError
 
 NORMS = ("layer", "none")
+DRAWS = 9  # random numbers that decide what happens to a patch
 
 
 class PatchEncoder(Encoder):
@@ -84,20 +85,27 @@ class PatchEncoder(Encoder):
         return self.net.forward_intermediates(x, indices=4, intermediates_only=True)[: len(self.widths)]
 
 
-def distorted(patches: Tensor, drawn: Tensor, crop: int = 0, drop: float = 0.0, flip: bool = False) -> Tensor:
+def distorted(
+    patches: Tensor, drawn: Tensor, crop: int = 0, drop: float = 0.0, flip: bool = False, jitter: float = 0.0
+) -> Tensor:
     """Patches distorted one by one, lest continued edges and lens colours solve the task; shapes stay.
 
     Args:
         patches: ``(B, G, G, C, P, P)``, normalised, so that a cleared pixel is the mean colour.
-        drawn: uniform integers in [0, 2^32) to decide by, ``(B, G * G * 5)``.
+        drawn: uniform integers in [0, 2^32) to decide by, ``(B, G * G * DRAWS)``.
         crop: keep a random window that is so many pixels smaller, and clear the rest (v1: 60 of 64 pixels).
         drop: probability that a patch keeps but one of its channels (v2).
         flip: mirror half of the patches (v2).
+        jitter: change the logarithm of a patch's contrast, and the level of each of its three channels, by up to this
+            either way; a plain stand-in for v2's colour transforms of patches (sec. 4 there).
     """
     b, rows, columns, channels, side, _ = patches.shape
-    u = drawn.view(b, rows, columns, 5)
+    u = drawn.view(b, rows, columns, DRAWS)
     if flip:
         patches = torch.where(_per_patch(u[..., 4] % 2 == 0), patches.flip(-1), patches)
+    if jitter:
+        change = jitter * (2 * u[..., 5:] / 2**32 - 1).to(patches.dtype)[..., None, None]  # (B, G, G, 4, 1, 1)
+        patches = patches * change[..., :1, :, :].exp() + change[..., 1 : 1 + channels, :, :]
     if crop:
         place = torch.arange(side, device=patches.device)
         top, left = u[..., 0, None] % (crop + 1), u[..., 1, None] % (crop + 1)  # (B, G, G, 1)

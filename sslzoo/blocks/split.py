@@ -119,7 +119,10 @@ class LabEncoder(Encoder):
         return (full(x) * self.std + self.mean).clamp(0, 1)
 
     def check(self, x: Tensor) -> None:
-        """Refuse a batch of gray images where views are split by colour: one view would be empty. Waits for the GPU."""
+        """Refuse images of other channels, and a batch of gray ones where views are split by colour: one view would be
+        empty. Waits for the GPU.
+        """
+        self.views(x[:1])
         if self.colour in ("lab", "ycbcr") and (self.rgb(x).amax(1) - self.rgb(x).amin(1)).max() < 1 / 255:
             raise UserError(
                 f"encoder.colour={self.colour} splits colour from luminance, but no image of the first batch has any"

@@ -22,7 +22,7 @@ from sslzoo.downstream.features import feature_batches, layers
 from sslzoo.downstream.logistic import Rows, hits, logistic, place
 from sslzoo.errors import UserError
 from sslzoo.method import Batch
-from sslzoo.optim import Optim
+from sslzoo.optim import Optim, evaluated
 from sslzoo.views import Clean
 
 
@@ -125,10 +125,7 @@ class HeadSGD(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns what ``closure`` returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             mu = group["momentum"]
             for w in group["params"]:

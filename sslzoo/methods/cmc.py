@@ -68,10 +68,14 @@ class CMC(Method):
     def loss(self, batch: Batch) -> Tensor:
         x = the_only_one(batch.views, "CMC")
         if not self.checked:  # once, for it waits for the device
-            self.encoder.check(x)
-            self.checked = True
+            self.check_views(batch.views)
         split = zip(self.projectors, self.encoder.split(x), strict=True)
         return self.contrast([unit(project(h)) for project, h in split], batch.index)
+
+    def check_views(self, views: list[Tensor]) -> None:
+        """Refuse images that the encoder cannot split, such as gray ones by their colour."""
+        self.encoder.check(the_only_one(views, "CMC"))
+        self.checked = True
 
     def contrast(self, z: list[Tensor], index: Tensor) -> Tensor:
         """Unit features of each view, ``(B, d)``, of the images ``index`` (B,): every one against the others' banks."""

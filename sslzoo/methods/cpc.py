@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sslzoo.blocks import MLP, Encoder
 from sslzoo.blocks.context import Context
 from sslzoo.blocks.crops import the_only_one
-from sslzoo.blocks.patches import distorted
+from sslzoo.blocks.patches import DRAWS, distorted
 from sslzoo.errors import UserError
-from sslzoo.losses import full
+from sslzoo.losses import patch_info_nce
 from sslzoo.method import Batch, Method
 from sslzoo.optim import Optim
 from sslzoo.views.draw import integers
@@ -35,7 +35,7 @@ class CPC(Method):
         scale: s.
         group: images whose patches are told apart, 16 as on the papers' devices. Groups follow one another in the
             batch, so the loss is the same on any number of ranks.
-        crop, drop, flip: how patches are distorted one by one; see ``distorted``.
+        crop, drop, flip, jitter: how patches are distorted one by one; see ``distorted``.
 
     Raises:
         UserError: if the encoder has no patches, the offsets do not fit their grid, or the batch not the groups.
@@ -57,6 +57,7 @@ class CPC(Method):
         crop: int = 0,
         drop: float = 0.0,
         flip: bool = False,
+        jitter: float = 0.0,
     ):
         super().__init__(encoder, optim)
         if getattr(encoder, "patches", None) is None:
@@ -69,15 +70,16 @@ class CPC(Method):
             nn.ModuleList(MLP(encoder.dim, dim) for _ in offsets) for _ in range(directions)
         )  # W_k
         self.offsets, self.scale, self.group = tuple(offsets), scale, group
-        self.crop, self.drop, self.flip = crop, drop, flip
+        self.crop, self.drop, self.flip, self.jitter = crop, drop, flip, jitter
         self.candidates = 0  # targets that a prediction chooses from; the first batch tells
 
     def loss(self, batch: Batch) -> Tensor:
         x = the_only_one(batch.views, "CPC")
         patches = self.encoder.patches(x)  # (B, G, G, 3, P, P)
+        self.check(len(x))  # a device's share of the batch
         self.check_grid(patches)
-        drawn = integers(self.seed, self.step, batch.index, patches[0, :, :, 0, 0, 0].numel() * 5, 2**32)
-        z = self.encoder.encode(distorted(patches, drawn, self.crop, self.drop, self.flip))  # (B, G, G, D)
+        drawn = integers(self.seed, self.step, batch.index, patches[0, :, :, 0, 0, 0].numel() * DRAWS, 2**32)
+        z = self.encoder.encode(distorted(patches, drawn, self.crop, self.drop, self.flip, self.jitter))  # (B, G, G, D)
         t = self.projector(z)  # (B, G, G, d)
         turns = enumerate(zip(self.contexts, self.predictors, strict=True))
         losses = [self.downwards(z.rot90(k, (1, 2)), t.rot90(k, (1, 2)), *nets) for k, nets in turns]
@@ -97,10 +99,13 @@ class CPC(Method):
                 " change method.group or data.batch_size"
             )
 
+    def check_views(self, views: list[Tensor]) -> None:
+        """Refuse images that do not give a grid of patches, and offsets beyond it."""
+        self.check_grid(self.encoder.patches(the_only_one(views, "CPC")))
+
     def check_grid(self, patches: Tensor) -> None:
-        """Refuse offsets beyond the grid, and a device's share of the batch that does not split into groups."""
-        batch, rows, columns = patches.shape[:3]
-        self.check(batch)
+        """Refuse offsets beyond the grid of ``patches`` (B, G, G, 3, P, P)."""
+        rows, columns = patches.shape[1:3]
         if max(self.offsets) >= min(rows, columns):
             raise UserError(
                 f"method.offsets={list(self.offsets)} reach beyond a grid of {rows} x {columns} patches;"
@@ -111,26 +116,3 @@ class CPC(Method):
     def loss_at_chance(self) -> float | None:
         """All patches of a group alike: their logarithm for each offset; None before the first batch."""
         return len(self.offsets) * math.log(self.candidates) if self.candidates else None
-
-
-def patch_info_nce(predictions: Tensor, targets: Tensor, offset: int, scale: float, group: int) -> Tensor:
-    """InfoNCE of predicted patches: which of all patches in a group of images lies ``offset`` rows further down?
-
-    Args:
-        predictions: made in rows 0 to G - offset - 1, ``(B, G - offset, G, d)``.
-        targets: features of all patches, ``(B, G, G, d)``.
-        offset: rows from where a prediction is made to its target.
-        scale: of predictions.
-        group: images whose patches are candidates; divides B.
-
-    Returns:
-        The mean over predictions.
-    """
-    (batch, rows, columns), d = targets.shape[:3], targets.shape[3]
-    with torch.autocast(targets.device.type, enabled=False):
-        p = full(predictions).reshape(batch // group, -1, d) * scale  # (groups, group * (G - offset) * G, d)
-        t = full(targets).reshape(batch // group, -1, d)  # (groups, group * G * G, d)
-        places = torch.arange(group * rows * columns, device=t.device).view(group, rows, columns)
-        label = places[:, offset:].reshape(-1)  # of the target of each prediction
-        logits = p @ t.mT  # (groups, group * (G - offset) * G, group * G * G)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), label.repeat(len(t)))

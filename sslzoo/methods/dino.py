@@ -4,16 +4,16 @@ import math
 
 import torch
 from timm.layers import DropPath
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from sslzoo.blocks import EMA, Encoder
 from sslzoo.blocks.crops import at_least_two, by_resolution
+from sslzoo.blocks.heads import DINOHead
 from sslzoo.blocks.norm import has_batchnorm
 from sslzoo.dist import all_mean
-from sslzoo.losses import full, swapped_cross_entropy, unit
+from sslzoo.losses import full, swapped_cross_entropy
 from sslzoo.method import Batch, Method
-from sslzoo.optim import Optim, cosine, warmup_cosine
+from sslzoo.optim import Optim, clip_each, cosine, warmup_cosine
 
 GLOBAL = 2  # views that the teacher sees: the large ones, which come first
 
@@ -65,9 +65,8 @@ class DINO(Method):
         super().__init__(encoder, optim)
         self.projector = DINOHead(encoder.dim, hidden, bottleneck, out_dim, use_bn, norm_last_layer)
         self.target = EMA(self.encoder, self.projector)
-        for module in self.target.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = 0.0  # not by eval(): the teacher's BatchNorm takes statistics of its own batches
+        for part in (module for module in self.target.modules() if isinstance(module, DropPath)):
+            part.drop_prob = 0.0  # not by eval(): the teacher's BatchNorm takes statistics of its own batches
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.warmup_teacher_temperature, self.warmup_teacher_epochs = warmup_teacher_temperature, warmup_teacher_epochs
@@ -91,27 +90,18 @@ class DINO(Method):
         return swapped_cross_entropy(s.unflatten(0, (-1, batch)), p.unflatten(0, (-1, batch)), self.student_temperature)
 
     @property
-    def epoch(self) -> int:
-        """Index of the epoch, by which the official code warms and freezes."""
-        return self.step * self.epochs // self.steps
-
-    @property
     def temperature(self) -> float:
-        """The teacher's, in this epoch."""
-        start, end, warmup = self.warmup_teacher_temperature, self.teacher_temperature, self.warmup_teacher_epochs
-        return warmup_cosine(self.epoch, self.epochs, warmup, end, end, start, inclusive=True)
+        """The teacher's; it moves once an epoch."""
+        start, end = self.warmup_teacher_temperature, self.teacher_temperature
+        epoch, warmup = self.step * self.epochs // self.steps, self.warmup_teacher_epochs
+        return warmup_cosine(epoch, self.epochs, warmup, end, end, start, inclusive=True)
 
     def parameter_groups(self) -> list[dict]:
-        # Frozen at first, so apart: torch's fused SGD cannot begin the momentum of a part of a group later.
-        others = [*self.encoder.parameters(), *self.projector.mlp.parameters()]
-        return self.optim.groups(others) + self.optim.groups(self.projector.last_layer.parameters())
+        return self.optim.groups(self.parameters(), later=self.projector.last_layer.parameters())
 
     def before_step(self) -> None:
-        if self.clip:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm(grads))
-            torch._foreach_mul_(grads, [*(self.clip / (norms + 1e-6)).clamp(max=1.0)])
-        if self.epoch < self.freeze_last_layer:
+        clip_each(self.parameters(), self.clip)
+        if self.step < self.first_step(self.freeze_last_layer):
             self.projector.last_layer.zero_grad()  # to None: neither weight decay nor moments touch it
 
     def after_step(self) -> None:
@@ -128,25 +118,3 @@ class DINO(Method):
     def loss_at_chance(self) -> float:
         """A student that says the same of every output: ``ln K``."""
         return math.log(self.center.shape[1])
-
-
-class DINOHead(nn.Module):
-    """Three layers, a bottleneck of unit length, and its scores against K weight-normed rows: ``(B, D) -> (B, K)``."""
-
-    def __init__(self, dim: int, hidden: int, bottleneck: int, out_dim: int, use_bn: bool, norm_last_layer: bool):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before in (dim, hidden):
-            layers += [nn.Linear(before, hidden), *([nn.BatchNorm1d(hidden)] if use_bn else []), nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
-        for layer in (part for part in self.mlp if isinstance(part, nn.Linear)):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
-        v = nn.Linear(bottleneck, out_dim, bias=False).weight  # w = g * v / |v|, kept apart: the average follows both
-        self.last_layer = nn.ParameterDict({"weight_g": g, "weight_v": v})
-
-    def forward(self, x: Tensor) -> Tensor:
-        z, last = unit(self.mlp(x)), self.last_layer
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(z, full(last["weight_g"]) * unit(last["weight_v"]))

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sslzoo.blocks import MLP, Encoder
 from sslzoo.blocks.crops import at_least_two, by_resolution
-from sslzoo.dist import all_gather, mine, world
+from sslzoo.blocks.prototypes import Prototypes, sinkhorn
+from sslzoo.dist import mine, world
 from sslzoo.errors import UserError
-from sslzoo.losses import full, swapped_cross_entropy, unit
+from sslzoo.losses import swapped_cross_entropy, unit
 from sslzoo.memory import Queue
 from sslzoo.method import Batch, Method
 from sslzoo.optim import Optim
@@ -70,18 +70,17 @@ class SwAV(Method):
                 " Sinkhorn needs at least 1 iteration and an epsilon above 0, e.g. 3 and 0.05"
             )
         self.projector = MLP(encoder.dim, hidden, dim, norm="batch", bias=True)
-        self.prototypes = nn.Linear(dim, prototypes, bias=False)
+        self.prototypes = Prototypes(dim, prototypes)
         self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in range(ASSIGNED if queue_size else 0))  # type: ignore
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.queue_size, self.queue_start, self.freeze_prototypes = queue_size, queue_start, freeze_prototypes
         self.fresh: list[Tensor] = []  # projections of this optimizer step, not yet in the queues
-        self.normalise_prototypes()
 
     def loss(self, batch: Batch) -> Tensor:
         views = at_least_two(batch.views, "SwAV")
         z = unit(self.projector(by_resolution(self.encoder, views)))  # (V * B, d), BatchNorm over all crops
         z = z.unflatten(0, (len(views), -1))  # (V, B, d)
-        s = self.scores(z)  # (V, B, K)
+        s = self.prototypes(z)  # (V, B, K)
         q = self.codes(s)  # (2, B, K)
         self.fresh = [*z[:ASSIGNED].detach()]
         return swapped_cross_entropy(s, q, self.temperature)
@@ -91,62 +90,30 @@ class SwAV(Method):
         for queue in self.queues:
             queue.check(batch_size)
 
-    def scores(self, z: Tensor) -> Tensor:
-        """Cosines with the prototypes: ``(..., d) -> (..., K)``."""
-        with torch.autocast(z.device.type, enabled=False):
-            return F.linear(z, full(self.prototypes.weight))
-
     @torch.no_grad()
     def codes(self, s: Tensor) -> Tensor:
         """Codes of the full views, balanced over the world's batch and the queues: ``(V, B, K) -> (2, B, K)``."""
         batch, pools = s.shape[1], [*s[:ASSIGNED]]
         # Filled or not is a matter of steps, not of values: nothing is read back from the device.
-        if self.queues and (self.step - self.queue_from) * world() * batch >= self.queue_size:
+        if self.queues and (self.step - self.first_step(self.queue_start)) * world() * batch >= self.queue_size:
             # A rank brings its own share of the queue, as it does of the batch.
-            pools = [torch.cat([x, self.scores(mine(q.keys))]) for x, q in zip(pools, self.queues, strict=True)]
+            pools = [torch.cat([x, self.prototypes(mine(q.keys))]) for x, q in zip(pools, self.queues, strict=True)]
         return torch.stack([sinkhorn(x, self.epsilon, self.iterations)[:batch] for x in pools])
 
-    @property
-    def queue_from(self) -> int:
-        """The step at which the queues begin to fill."""
-        return math.ceil(self.queue_start * self.steps / self.epochs)
-
     def parameter_groups(self) -> list[dict]:
-        # Frozen at first, so apart: torch's fused SGD cannot begin the momentum of a part of a group later.
-        others = [*self.encoder.parameters(), *self.projector.parameters()]
-        return self.optim.groups(others) + self.optim.groups(self.prototypes.parameters())
+        return self.optim.groups(self.parameters(), later=self.prototypes.parameters())
 
     def before_step(self) -> None:
-        if self.step * self.epochs < self.freeze_prototypes * self.steps:
+        if self.step < self.first_step(self.freeze_prototypes):
             self.prototypes.zero_grad()  # to None: neither weight decay nor momentum moves them
 
     def after_step(self) -> None:
-        if self.queues and self.step >= self.queue_from:
+        if self.queues and self.step >= self.first_step(self.queue_start):
             for queue, z in zip(self.queues, self.fresh, strict=True):
                 queue.push(z)
         self.fresh = []
-        self.normalise_prototypes()  # officially at the start of the next step: the same moment
-
-    @torch.no_grad()
-    def normalise_prototypes(self) -> None:
-        """Bring each prototype back to length one."""
-        self.prototypes.weight.copy_(unit(self.prototypes.weight))
+        self.prototypes.normalise()  # officially at the start of the next step: the same moment
 
     def loss_at_chance(self) -> float:
         """All scores equal: ``ln K``."""
         return math.log(len(self.prototypes.weight))
-
-
-@torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Codes near ``exp(scores / epsilon)`` that use all prototypes alike, ``(B, K) -> (B, K)`` (eq. 3 to 5).
-
-    Each iteration brings the columns to equal sums over the samples of all ranks, then each row to sum 1. Taken in
-    logarithms, in at least float32, scores of any size are safe; constant factors of the paper's Q cancel.
-    ``scores`` are this rank's rows, a small ``epsilon`` makes hard codes, ``iterations`` are at least 1.
-    """
-    q = full(scores) / epsilon
-    for _ in range(iterations):
-        q = q - all_gather(q.logsumexp(0, keepdim=True)).logsumexp(0)
-        q = q.log_softmax(1)
-    return q.exp()

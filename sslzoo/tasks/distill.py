@@ -21,6 +21,7 @@ from sslzoo.errors import UserError
 from sslzoo.report.progress import console
 from sslzoo.tasks.runs import device, provenance, write_summary
 from sslzoo.tasks.training import (
+    effort,
     fit_batch,
     learn,
     leave_cores_to_views,
@@ -34,9 +35,7 @@ from sslzoo.tasks.training import (
 
 def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     """Train a student by ``config.task.teacher`` on all training images; leave it, and the score of both."""
-    checkpoint = None
-    if config.resume is not None:
-        config, checkpoint = resumed(config, overrides)
+    config, checkpoint = resumed(config, overrides)
     pl.seed_everything(config.seed, verbose=False)
     task = config.task
     if task.teacher is None:
@@ -96,12 +95,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "temperature": task.temperature,
         "labelled_weight": task.labelled_weight,
         "labelled_images": len(rows),
-        "lr": optim.peak_lr,
-        "batch_size": data.batch_size,
-        "loss": metrics.loss,
-        "steps": trainer.global_step,
-        "epochs": data.loader.position / len(data.loader),
-        "seconds": metrics.seconds,
+        **effort(trainer, data, metrics, optim),
         "backbone": str(backbone),
         "teacher": str(task.teacher),
         **provenance(config, overrides),

@@ -19,6 +19,7 @@ from sslzoo.errors import UserError
 from sslzoo.report.progress import console
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
+    effort,
     fit_batch,
     learn,
     leave_cores_to_views,
@@ -32,9 +33,7 @@ from sslzoo.tasks.training import (
 
 def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     """Train ``config.backbone`` and a classifier on the labels; leave both, the list of labels used, and the score."""
-    checkpoint = None
-    if config.resume is not None:
-        config, checkpoint = resumed(config, overrides)
+    config, checkpoint = resumed(config, overrides)
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     check_size(encoder, sized.image_size)
@@ -78,12 +77,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "label_fraction": config.data.label_fraction,
         "labelled_images": len(rows),
         "tuned_from": task["from"],
-        "lr": optim.peak_lr,
-        "batch_size": data.batch_size,
-        "loss": metrics.loss,
-        "steps": trainer.global_step,
-        "epochs": data.loader.position / len(data.loader),
-        "seconds": metrics.seconds,
+        **effort(trainer, data, metrics, optim),
         "backbone": str(backbone),
         "initial_backbone": str(config.backbone),
         "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),

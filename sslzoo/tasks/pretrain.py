@@ -3,18 +3,22 @@
 import logging
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from rich.table import Table
+from torch import Tensor
 
 from sslzoo.blocks.crops import check_count
 from sslzoo.checkpoints.backbone import save_backbone
 from sslzoo.checkpoints.files import write_text
 from sslzoo.config import build_encoder, build_optim, built, config_hash, plain
 from sslzoo.data.images import ImageSet
+from sslzoo.data.module import Images, Reader, default_workers, epoch_order
+from sslzoo.downstream.features import check_size
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Metrics, Probe, Watch, device_memory_mb, shape
@@ -29,13 +33,14 @@ log = logging.getLogger(__name__)
 
 def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     """Train ``config.method`` and leave a run directory: config, metrics, curves, checkpoint, backbone, summary."""
-    checkpoint = None
-    if config.resume is not None:
-        config, checkpoint = resumed(config, overrides)
+    config, checkpoint = resumed(config, overrides)
     pl.seed_everything(config.seed, verbose=False)
     data = images(config)
     method = build_method(config, data.train)
     check_count(data.views.count, f"method={config.recipe}", method.compares_views)
+    check_size(method.backbone, config.image_size)
+    method.train()  # after a look in eval mode
+    method.check_views(first_views(data))
     accelerator, precision = device(config)
     leave_cores_to_views(accelerator, config)
     named = f"{config.recipe} with encoder.name={config.encoder.name}"
@@ -123,6 +128,14 @@ def build_method(config: DictConfig, train: ImageSet) -> Method:
             " images of one batch are contrasted or normalised together; set it to 1 and choose data.batch_size"
         )
     return method
+
+
+def first_views(data: Images, count: int = 64) -> list[Tensor]:
+    """Views of the first images that the run will see, to check before it starts: ``V x (b, 3, H_v, W_v)``."""
+    rows = epoch_order(data.seed, 0, len(data.train))[:count]
+    with ThreadPoolExecutor(default_workers()) as pool:
+        read, rows = Reader(data.train, pool, data.on_error)(rows)
+        return data.views(read, rows, 0, pool=pool)
 
 
 def check_sizes(settings: dict, batch_size: int, train: ImageSet) -> None:

@@ -79,9 +79,13 @@ def leave_cores_to_views(accelerator: str, config: DictConfig) -> None:
 def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
     """The configuration of the run to go on with, and its checkpoint; None where it was stopped before its first.
 
+    Without ``resume=`` nothing goes on: ``config`` as it is, and None.
+
     Raises:
         UserError: if there is no such run, or ``overrides`` would change what it computes.
     """
+    if config.resume is None:
+        return config, None
     path = Path(config.resume)
     run_dir = path if path.is_dir() else path.parent
     if not path.exists() or not (run_dir / "config.yaml").is_file():
@@ -177,6 +181,12 @@ def started(config: DictConfig, overrides: Sequence[str], labelled: str = "") ->
     return run_dir
 
 
+def tell_skipped(files: Sequence[Path]) -> None:
+    """Say which pictures could not be read, where there are any."""
+    if files:
+        console.print(f"skipped {len(files)} unreadable images, e.g. {', '.join(map(str, files[:3]))}")
+
+
 def learn(
     module: Downstream, data: Images, config: DictConfig, run_dir: Path, state: dict | None, checkpoint: Path | None
 ) -> tuple[pl.Trainer, Metrics, Evaluate]:
@@ -190,3 +200,15 @@ def learn(
     bar = Bar(metrics, evaluate, shown=("top-1", f"{config.task.name}_top1"))
     trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
     return trainer, metrics, evaluate
+
+
+def effort(trainer: pl.Trainer, data: Images, metrics: Metrics, optim: Optim) -> dict:
+    """What a summary says of a training: its rate and batch, how it ended, how long it took."""
+    return {
+        "lr": optim.peak_lr,
+        "batch_size": data.batch_size,
+        "loss": metrics.loss,
+        "steps": trainer.global_step,
+        "epochs": data.loader.position / len(data.loader),
+        "seconds": metrics.seconds,
+    }

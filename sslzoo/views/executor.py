@@ -1,24 +1,21 @@
 """From uint8 images to float views: draw the table, then run the compiled pass over it, in threads if asked.
 
 Whatever makes views is called alike, ``(images, index, epoch, out, pool)``: :class:`Views` for training,
-:class:`Clean` for evaluation, :class:`FromTransform` for a transform from elsewhere.
+:class:`Clean` for evaluation, :class:`sslzoo.views.FromTransform` for a transform from elsewhere.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from math import ceil
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from torch import Tensor
 
 from sslzoo.errors import UserError
@@ -163,39 +160,6 @@ class Clean:
         return top * y, left * x, self.size * y, self.size * x
 
 
-class FromTransform:
-    """Any transform of a PIL image into tensors, such as one of lightly's, called like :class:`Views`: slow.
-
-    For each image the generators of torch, NumPy and ``random`` are seeded from (seed, epoch, index) under a
-    lock and put back afterwards, so a transform that draws from them is reproducible but not parallel.
-    """
-
-    _lock = threading.Lock()
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor | Sequence[Tensor]], seed: int = 0):
-        self.transform = transform
-        self.seed = seed
-
-    def buffers(self, batch: int, pin: bool = False) -> None:
-        """Nothing to reuse: a transform makes its own tensors."""
-
-    def __call__(
-        self,
-        images: Images,
-        index: ArrayLike,
-        epoch: int,
-        out: None = None,
-        pool: Executor | None = None,
-    ) -> list[Tensor]:
-        """Make the transform's views of a batch: V x (B, 3, S, S). ``out`` and ``pool`` change nothing."""
-        made = []
-        for image, i in zip(images, np.asarray(index, np.int64).tolist(), strict=True):
-            with self._lock, _seeded(draw.key(self.seed, epoch, i)):
-                views = self.transform(Image.fromarray(np.asarray(image)))
-            made.append([views] if isinstance(views, Tensor) else views)
-        return [torch.stack(view) for view in zip(*made, strict=True)]
-
-
 def warm() -> None:
     """Compile the kernel, or load it from Numba's cache on disk, saying so if that takes a while."""
     with _warming:
@@ -316,18 +280,3 @@ def _colour(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
     """The factor and the offset that normalise: (2, 3)."""
     m, s = np.broadcast_to(mean, 3), np.broadcast_to(std, 3)
     return np.stack([1 / s, -m / s]).astype(np.float32)
-
-
-@contextmanager
-def _seeded(key: int) -> Iterator[None]:
-    """Seed the global generators, NumPy's legacy one too, inside; leave them as they were."""
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key)
-        random.seed(key)
-        np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
