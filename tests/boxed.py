@@ -3,9 +3,14 @@
 import json
 
 import numpy as np
+import torch
 from PIL import Image
 
+from sslzoo.data.box_module import Boxes, BoxLoader, box_example
 from sslzoo.data.box_set import BoxSet
+
+IDS = (3, 90)  # of the categories of ``rectangles``
+COLOURS = ((230, 40, 40), (40, 60, 230))
 
 
 def picture(height=30, width=40, seed=0):
@@ -141,8 +146,6 @@ def random_truth(rng, images=12, classes=3, most=6, side=120, crowds=0.15, diffi
 
 def random_predictions(rng, truth, per_image=9):
     """Noisy copies of the objects, and boxes anywhere; scores have ties; every third image gets none."""
-    import torch
-
     found = []
     for i in range(len(truth)):
         target = truth.target(i)
@@ -174,3 +177,50 @@ def random_predictions(rng, truth, per_image=9):
             entry["keypoints"] = torch.from_numpy(points.astype(np.float32))
         found.append(entry)
     return found
+
+
+def rectangles(root, split: str, count: int, seed: int) -> dict:
+    """Pictures of 48 to 64 pixels with a red and a blue rectangle or none, and COCO's description of them."""
+    rng = np.random.default_rng(seed)
+    folder = root / f"{split}2017"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i in range(count):
+        height, width = rng.integers(48, 65, 2).tolist()
+        pixels = rng.integers(90, 150, (height, width, 3), dtype=np.uint8)
+        image = 1000 + 7 * i
+        for k, category in enumerate(IDS if i % 4 != 3 else ()):
+            left, top, w, h = (*rng.integers(2, 16, 2), *rng.integers(18, 30, 2))
+            left, top = (left, top) if k == 0 else (min(left + 20, width - w), min(top + 20, height - h))
+            pixels[top : top + h, left : left + w] = COLOURS[k]
+            box = [int(left), int(top), int(w), int(h)]
+            polygon = [left, top, left + w, top, left + w, top + h, left, top + h]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0,
+                 "area": int(w * h), "segmentation": [[int(value) for value in polygon]]}
+            )  # fmt: skip
+        Image.fromarray(pixels).save(folder / f"{image}.png")
+        images.append({"id": image, "file_name": f"{image}.png", "height": height, "width": width})
+    categories = [{"id": category, "name": name} for category, name in zip(IDS, ("red", "blue"), strict=True)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def data(sets, augment="s1", size=48, batch_size=4, seed=5, wanted=("boxes", "labels"), **options) -> Boxes:
+    """Batches of a training and a held-out set, as ``task=detect`` has them."""
+    return Boxes(*sets, box_example(sets[0], augment, size, seed, wanted), batch_size, seed=seed, **options)
+
+
+def loader(sets, augment="s1", size=48, batch_size=4, seed=5, wanted=("boxes", "labels"), **options) -> BoxLoader:
+    """The loader of such batches, without a trainer."""
+    return BoxLoader(sets[0], box_example(sets[0], augment, size, seed, wanted), batch_size, seed, **options)
+
+
+def flat(batch) -> list[torch.Tensor]:
+    """All tensors of a batch."""
+    return [*batch.images, batch.index, *(target[name] for target in batch.targets for name in sorted(target))]
+
+
+def same(a, b) -> bool:
+    """Whether two lists of batches are equal to the bit."""
+    one, other = ([t for batch in batches for t in flat(batch)] for batches in (a, b))
+    return len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other, strict=True))

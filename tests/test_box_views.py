@@ -132,7 +132,7 @@ def test_a_view_is_a_function_of_its_key(strength):
 
 def test_scales_are_those_of_the_paper():
     assert {name: strength.scale for name, strength in STRENGTHS.items()} == {
-        "s1": (0.8, 1.2), "s2": (0.8, 1.2), "s3": (0.5, 2.0), "s4": (0.5, 2.0)}  # fmt: skip
+        "s1": (0.8, 1.2), "s2": (0.8, 1.2), "s3": (0.5, 2.0), "s4": (0.5, 2.0), "own_scale": (0.5, 2.0)}  # fmt: skip
     image, target = example(90, 90)
     del target["masks"], target["keypoints"]
     for strength, (low, high) in (("s1", (0.8, 1.2)), ("s4", (0.5, 2.0))):
@@ -216,3 +216,72 @@ def test_wrong_calls_are_refused():
         augmented(image, target, "s5")
     with pytest.raises(ValueError, match="swap"):
         augmented(image, target, "s1")
+
+
+def painted():
+    """The example with a class map in place of masks and keypoints: 1 on red, 2 on blue, and a strip of 255."""
+    image, target = example()
+    classes = torch.zeros(70, 90, dtype=torch.uint8)
+    for k in (0, 1):
+        classes[target["masks"][k].bool()] = k + 1
+    classes[:3] = 255
+    return image, {"boxes": torch.zeros(0, 4), "class_map": classes}
+
+
+@pytest.mark.parametrize(
+    ("change", "uncovers"),
+    [
+        (lambda s: flipped(s), False),
+        (lambda s: resized(s, 1.7), False),
+        (lambda s: resized(s, 0.6), False),
+        (lambda s: moved(s, translate=(9.0, -6.0)), True),
+        (lambda s: moved(s, angle=25.0), True),
+        (lambda s: cropped(s, 50, np.random.default_rng(0)), False),
+        (lambda s: cropped(s, 200, np.random.default_rng(0)), True),
+    ],
+    ids=["flip", "larger", "smaller", "moved", "turned", "crop", "pad"],
+)
+def test_classes_stay_on_their_pixels_and_what_is_uncovered_is_ignored(change, uncovers):
+    image, target = painted()
+    target["class_map"][:3] = 0
+    found = change(box_views._scene(image, target))
+    assert found.classes.shape == found.pixels.shape[1:]
+    assert found.classes.dtype == torch.uint8
+    pixels = found.pixels.int()
+    for k, colour in ((1, pixels[0] - pixels[2] > 80), (2, pixels[2] - pixels[0] > 80)):
+        assert ((found.classes == k) ^ colour).float().mean() < 0.01
+    assert (found.classes == 255).any() == uncovers
+    gray = torch.tensor([box_views.GRAY] * 3 if found.size == (70, 90) else box_views.MEAN)[:, None].int()
+    if uncovers:
+        outside = pixels[:, found.classes == 255]
+        assert ((outside - gray).abs() <= 1).all(0).float().mean() > 0.9  # pixels at the border are blends
+
+
+def test_a_class_map_keeps_its_values_and_operations_that_tear_boxes_leave_it():
+    image, target = painted()
+    for strength in STRENGTHS:
+        for index in range(10):
+            view, found = augmented(image, target, strength, 64, key(0, 0, index))
+            assert view.shape[1:] == found["class_map"].shape == (64, 64)
+            assert set(found["class_map"].unique().tolist()) <= {0, 1, 2, 255}
+    before = box_views._scene(image, {**target, "boxes": torch.tensor([[20.0, 15, 45, 35]])})
+    assert AUTO["translate_y_in_boxes"](before, 0.6, np.random.default_rng(1)) is before
+
+
+def test_shrunk_classes_are_those_at_the_middle_of_the_new_pixels():
+    image, target = painted()
+    found = resized(box_views._scene(image, target), 1 / 3)
+    rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip(found.size, (70, 90), strict=True))
+    wanted = target["class_map"].numpy()[np.ix_(rows.astype(int), columns.astype(int))]
+    np.testing.assert_array_equal(found.classes.numpy(), wanted)
+
+
+def test_own_scale_is_relative_to_the_image_and_not_to_the_crop():
+    image, target = np.full((40, 40, 3), 250, np.uint8), {"boxes": torch.zeros(0, 4)}
+    target["class_map"] = torch.ones(40, 40, dtype=torch.uint8)
+    sides = []
+    for index in range(60):
+        _, found = augmented(image, target, "own_scale", 100, key(3, index))
+        sides.append(float((found["class_map"] == 1).sum()) ** 0.5)
+    assert 20 <= min(sides) < 26
+    assert 74 < max(sides) <= 80

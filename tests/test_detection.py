@@ -6,57 +6,28 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from boxed import random_predictions, random_truth, write_coco
-from runs import Killed, checkpoint_of, trainer
+from boxed import IDS, loader, random_predictions, random_truth, rectangles, same, write_coco
+from conftest import close
+from runs import Killed, checkpoint_of
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.checkpoints import save_backbone
 from sslzoo.config import composed, config_hash, options, plain
-from sslzoo.data.box_module import AUGMENTS, Boxes, BoxLoader, mirrored
 from sslzoo.data.boxes import load_boxes
 from sslzoo.downstream.average_precision import coco_scores
-from sslzoo.downstream.detection import Detection, Evaluate, predict, score
+from sslzoo.downstream.detection import Detection, first_batches, predict, score
 from sslzoo.downstream.detectors import build
-from sslzoo.errors import UserError
+from sslzoo.downstream.precise_bn import estimate_batchnorm
 from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
-from sslzoo.tasks.detect import BUILT, build_detector
+from sslzoo.tasks.detect import BUILT, build_detector, load_sets
 
 SMALL = {"channels": 16, "convs": 1, "norm": "group", "rois": 8, "proposals": 10}
-IDS = (3, 90)  # of the categories
-COLOURS = ((230, 40, 40), (40, 60, 230))
-
-
-def rectangles(root, split: str, count: int, seed: int) -> dict:
-    """Pictures of 48 to 64 pixels with a red and a blue rectangle or none, and COCO's description of them."""
-    rng = np.random.default_rng(seed)
-    folder = root / f"{split}2017"
-    folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
-    for i in range(count):
-        height, width = rng.integers(48, 65, 2).tolist()
-        pixels = rng.integers(90, 150, (height, width, 3), dtype=np.uint8)
-        image = 1000 + 7 * i
-        for k, category in enumerate(IDS if i % 4 != 3 else ()):
-            left, top, w, h = (*rng.integers(2, 16, 2), *rng.integers(18, 30, 2))
-            left, top = (left, top) if k == 0 else (min(left + 20, width - w), min(top + 20, height - h))
-            pixels[top : top + h, left : left + w] = COLOURS[k]
-            box = [int(left), int(top), int(w), int(h)]
-            polygon = [left, top, left + w, top, left + w, top + h, left, top + h]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0,
-                 "area": int(w * h), "segmentation": [[int(value) for value in polygon]]}
-            )  # fmt: skip
-        Image.fromarray(pixels).save(folder / f"{image}.png")
-        images.append({"id": image, "file_name": f"{image}.png", "height": height, "width": width})
-    categories = [{"id": category, "name": name} for category, name in zip(IDS, ("red", "blue"), strict=True)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 @pytest.fixture(scope="module")
@@ -74,96 +45,6 @@ def sets(root):
 def detector(model: str = "retinanet", **options) -> nn.Module:
     encoder = Encoder("resnet10t", width=0.125)
     return build(model, encoder, 2, [0.5] * 3, [0.25] * 3, min_size=64, max_size=64, **{**SMALL, **options})
-
-
-# Batches
-
-
-def loader(sets, **options) -> BoxLoader:
-    return BoxLoader(sets[0], **{"augment": "s1", "size": 48, "batch_size": 4, "seed": 5, **options})
-
-
-def same(a, b) -> bool:
-    """Whether two lists of batches are equal to the bit."""
-    one, other = ([t for batch in batches for t in flat(batch)] for batches in (a, b))
-    return len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
-
-
-def flat(batch) -> list[torch.Tensor]:
-    return [*batch.images, batch.index, *(target[name] for target in batch.targets for name in sorted(target))]
-
-
-@pytest.mark.parametrize("augment", AUGMENTS)
-def test_batches_are_a_function_of_seed_epoch_and_image_alone(sets, augment):
-    batches = list(loader(sets, augment=augment, workers=3))
-    assert len(batches) == 3
-    assert same(batches, loader(sets, augment=augment, workers=1))
-    assert not same(batches, loader(sets, augment=augment, seed=6))
-    assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(12))
-    for batch in batches:
-        for image, target in zip(batch.images, batch.targets, strict=True):
-            assert image.dtype == torch.uint8
-            assert image.shape == (3, 48, 48) or augment == "flip"
-            assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
-
-
-def test_a_loader_goes_on_where_it_stood_and_epochs_differ(sets):
-    whole = loader(sets)
-    first, second = list(whole), list(whole)
-    assert whole.position == 6
-    assert not same(first, second)
-    late = loader(sets)
-    late.position = 4
-    assert same(second[1:], late)
-
-
-def test_two_ranks_see_what_one_sees(sets):
-    parts = [list(loader(sets, rank=rank, world=2)) for rank in (0, 1)]
-    for batch, *halves in zip(loader(sets), *parts, strict=True):
-        assert torch.equal(torch.cat([half.index for half in halves]), batch.index)
-        images = [image for half in halves for image in half.images]
-        assert all(torch.equal(a, b) for a, b in zip(images, batch.images, strict=True))
-
-
-def test_a_batch_half_taken_leaves_nothing_behind(sets):
-    taken = iter(loader(sets))
-    next(taken)
-    taken.close()
-
-
-def test_a_mirror_takes_boxes_and_masks_along_and_leaves_crowds_out():
-    pixels = torch.arange(3 * 4 * 10, dtype=torch.uint8).view(3, 4, 10)
-    masks = torch.zeros(2, 4, 10, dtype=torch.uint8)
-    masks[0, 1:3, 2:5] = 1
-    target = {
-        "boxes": torch.tensor([[2.0, 1, 5, 3], [0, 0, 10, 4]]),
-        "labels": torch.tensor([2, 1]),
-        "iscrowd": torch.tensor([False, True]),
-        "masks": masks,
-        "image_id": 7,
-    }
-    seen = set()
-    for draw in range(20):
-        image, found = mirrored(pixels, target, draw)
-        assert found["labels"].tolist() == [2]
-        x1, y1, x2, y2 = found["boxes"][0].int().tolist()
-        assert found["masks"][0].sum() == found["masks"][0, y1:y2, x1:x2].sum() == 6
-        seen.add((x1, x2))
-        assert torch.equal(image, pixels if x1 == 2 else pixels.flip(-1))
-    assert seen == {(2, 5), (5, 8)}
-    assert target["boxes"][0].tolist() == [2, 1, 5, 3]
-
-
-def test_data_that_cannot_train_are_refused(sets):
-    train, val = sets
-    with pytest.raises(UserError, match=r"task\.augment=s5 is none of s1, s2, s3, s4, flip"):
-        Boxes(train, val, "s5", 48, 4)
-    with pytest.raises(UserError, match=r"data\.batch_size=13 is more than the 12 training images"):
-        Boxes(train, val, "s1", 48, 13)
-    with pytest.raises(UserError, match="have no boxes"):
-        Boxes(train.unlabelled(), val, "s1", 48, 4)
-    with pytest.raises(UserError, match="does not split evenly over 3"):
-        loader(sets, world=3)
 
 
 # Training, finding, scoring
@@ -215,16 +96,24 @@ def test_scores_are_cocos_and_what_cannot_be_measured_is_left_out():
         assert all(0 <= value <= 1 for value in perfect.values())
 
 
-def test_evaluation_comes_every_few_epochs_and_at_the_end(sets, monkeypatch):
-    train, val = sets
-    seen = []
-    monkeypatch.setattr("sslzoo.downstream.detection.predict", lambda *_: seen.append(1) or [])
-    monkeypatch.setattr("sslzoo.downstream.detection.score", lambda *_: {"map": len(seen) / 10})
-    evaluate = Evaluate(val, every=2)
-    module = Detection(detector(), Optim(lr=1e-4, lr_per=None))
-    trainer(evaluate, max_epochs=5).fit(module, datamodule=Boxes(train, val, "s1", 64, 12))
-    assert len(seen) == 3
-    assert evaluate.state_dict() == {"values": {"map": 0.3}}
+@pytest.mark.parametrize("images", [1, 4, 6, 17])
+def test_first_batches_are_the_runs_own_and_leave_the_loader_alone(sets, images):
+    whole = loader(sets, size=64)
+    own = [*whole, *whole]
+    count = -(-images // 4)
+    assert same(list(first_batches(whole, images)), own[:count])
+    assert whole.position == 6
+
+
+def test_batchnorm_of_a_second_stage_is_estimated_on_the_same_regions_whatever_was_drawn_before(sets):
+    module, own = Detection(detector("faster_rcnn_c4")), loader(sets, size=64)
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        estimate_batchnorm(module, first_batches(own, 8))
+        found.append(module.detector.roi_heads.box_head[1].running_var.clone())
+    assert torch.equal(*found)
+    assert (found[0] != 1).any()
 
 
 # Whole runs
@@ -234,7 +123,7 @@ def command(root, *more: str) -> list[str]:
     return [
         "task=detect", "backbone=random", "data=coco", f"data.root={root}", "data.batch_size=4", "data.workers=1",
         "encoder.width=0.125", "encoder.stem=imagenet", "task.min_size=64", "task.max_size=64", "task.channels=16",
-        "task.convs=1", "trainer.max_epochs=3", "task.every_epochs=2", "trainer.accelerator=cpu",
+        "task.convs=1", "trainer.max_epochs=3", "task.every_epochs=2", "task.precise_bn=8", "trainer.accelerator=cpu",
         "trainer.precision=32-true", "monitor.log_every=1", *more,
     ]  # fmt: skip
 
@@ -263,6 +152,19 @@ def test_a_run_leaves_its_scores_curves_pictures_and_results_with_their_own_ids(
     assert [row["map"] for row in rows if "map" in row][-1] == summary["map"]
     assert [row["loss"] for row in rows if "loss" in row][-1] == summary["loss"]
     assert len([row for row in rows if "loss" in row]) == 9
+
+
+def test_batchnorm_is_tested_with_the_statistics_of_the_first_training_images(finished, sets):
+    run_dir, _ = finished
+    weights = checkpoint_of(run_dir)["state_dict"]
+    mean, std = (
+        torch.tensor(value).view(3, 1, 1) for value in (composed(command("")).data[key] for key in ("mean", "std"))
+    )
+    pictures = [image for batch in list(loader(sets, size=64, seed=0))[:2] for image in batch.images]
+    x = torch.stack([(image / 255 - mean) / std for image in pictures]).double()
+    entered = nn.functional.conv2d(x, weights["encoder.net.conv1.weight"].double(), stride=2, padding=3)
+    close(weights["encoder.net.bn1.running_mean"].double(), entered.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    close(weights["encoder.net.bn1.running_var"].double(), entered.var((0, 2, 3), correction=0), rtol=1e-5)
 
 
 def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished):
@@ -324,6 +226,19 @@ def test_batchnorm_shared_by_two_parents_is_synchronised_once():
     assert not left
 
 
+def test_images_without_boxes_are_left_out_where_asked(tmp_path):
+    train = rectangles(tmp_path, "train", 8, 0)
+    for annotation in train["annotations"]:
+        if annotation["image_id"] == 1000:
+            annotation["iscrowd"] = 1
+    root = write_coco(tmp_path, train, rectangles(tmp_path, "val", 4, 1))
+    for drop, wanted in ((False, range(8)), (True, (1, 2, 4, 5, 6))):
+        config = composed([*command(root), f"task.drop_empty={drop}"])
+        kept, val = load_sets(config, masks=False)
+        assert kept.image_ids == [1000 + 7 * i for i in wanted]
+        assert len(val) == 4
+
+
 # Mistakes
 
 
@@ -336,6 +251,7 @@ def test_batchnorm_shared_by_two_parents_is_synchronised_once():
         (["backbone=null"], "task=detect needs backbone="),
         (["task.metric=lvis"], "task.metric=lvis is none of coco, voc07, voc12"),
         (["task.augment=s9"], "task.augment=s9 is none of"),
+        (["task.precise_bn=-1"], "task.precise_bn=-1 is no number of images"),
         (["task.every_epochs=0"], "task.every_epochs=0 is no number of epochs"),
         (["data.batch_size=64"], "data.batch_size=64 is more than the 12 training images"),
         (["task.optim.schedule=none"], "optim.schedule=none is none of"),
@@ -380,10 +296,10 @@ def test_without_a_protocol_nothing_changes_and_detect_has_its_own():
     ("name", "images"),
     [
         ("voc0712_c4_24k", 16551),
-        ("coco_c4_1x", 118287),
-        ("coco_c4_2x", 118287),
-        ("coco_fpn_1x", 118287),
-        ("coco_fpn_2x", 118287),
+        ("coco_c4_1x", 117266),  # of 118,287: the rest have no boxes
+        ("coco_c4_2x", 117266),
+        ("coco_fpn_1x", 117266),
+        ("coco_fpn_2x", 117266),
     ],
 )
 def test_protocols_are_the_published_ones(name, images):
@@ -393,6 +309,8 @@ def test_protocols_are_the_published_ones(name, images):
     assert set(BUILT) <= task.keys()
     assert steps == {"24k": 24000, "1x": 90000, "2x": 180000}[name.rpartition("_")[2]]
     assert (list(task.min_size)[-1], task.max_size, config.data.batch_size) == (800, 1333, 16)
+    assert task.precise_bn == 200 * 16
+    assert task.drop_empty == (images == 117266)
     optim = Optim(**plain(task.optim) | {"batch_size": 16})
     an_epoch, warmup = images // 16, 100 if images == 16551 else 1000
     rates = [optim.lr_at(step, steps, an_epoch) for step in range(steps)]
@@ -406,5 +324,5 @@ def test_protocols_are_the_published_ones(name, images):
 
 
 def test_every_protocol_is_tested():
-    coco = {f"coco_{net}_{times}" for net in ("c4", "fpn") for times in ("1x", "2x")}
-    assert set(options("protocol")) == {"detect", "voc0712_c4_24k", *coco}
+    found = {name for name in options("protocol") if name.startswith(("coco_c4", "coco_fpn", "voc07"))}
+    assert found == {"voc0712_c4_24k", "coco_c4_1x", "coco_c4_2x", "coco_fpn_1x", "coco_fpn_2x"}

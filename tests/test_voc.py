@@ -121,7 +121,7 @@ def test_broken_annotations_lists_and_folders_are_named(root):
     file.unlink()
     refused(root, "000007.xml is no file", years="2007")
     file.write_text(whole)
-    refused(root, "data.years=2010 is none of 2007, 2012, 07+12", years=2010)
+    refused(root, "data.years=2010 is none of 2007, 2012, 2012aug, 07+12", years=2010)
     lists = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
     lists.write_text("000005\n000005\n")
     refused(root, "lists image 000005 twice", years="2007")

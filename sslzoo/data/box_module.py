@@ -1,10 +1,11 @@
 """From a set with boxes to batches for a detector, decoded and augmented in threads beside the training step."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,12 +13,28 @@ import torch
 from torch import Tensor
 
 from sslzoo.data.box_set import BoxSet
-from sslzoo.data.box_views import STRENGTHS, augmented
-from sslzoo.data.module import default_workers, epoch_order
+from sslzoo.data.box_views import STRENGTHS, augmented, mirrored
+from sslzoo.data.module import batch_rows, default_workers, first_readable
 from sslzoo.errors import UserError
 from sslzoo.views.draw import key
 
 AUGMENTS = (*STRENGTHS, "flip")
+
+Example = Callable[[int, int], tuple[Tensor, dict[str, Tensor]]]  # from row and epoch to an image and its target
+
+
+class Pictures(Protocol):
+    """N examples, each from a picture file.
+
+    Attributes:
+        name: of the set.
+        files: the picture of each example.
+    """
+
+    name: str
+    files: Sequence[Path]
+
+    def __len__(self) -> int: ...
 
 
 class BoxBatch(NamedTuple):
@@ -25,7 +42,7 @@ class BoxBatch(NamedTuple):
 
     Attributes:
         images: B tensors ``(3, H, W)`` uint8, each of its own size.
-        targets: B dictionaries: ``boxes`` (n, 4) float32, ``labels`` (n,) int64 and, on request, ``masks`` (n, H, W).
+        targets: B dictionaries, by name, e.g. ``boxes`` (n, 4) float32 and ``labels`` (n,) int64.
         index: ``(B,)`` int64, position in the training set.
     """
 
@@ -34,46 +51,81 @@ class BoxBatch(NamedTuple):
     index: Tensor
 
 
+def box_example(
+    images: BoxSet, augment: str, size: int, seed: int = 0, wanted: Sequence[str] = ("boxes", "labels")
+) -> Example:
+    """What an image of a set with boxes looks like in an epoch: a function of (seed, epoch, row).
+
+    Args:
+        images: the set.
+        augment: one of ``box_views.STRENGTHS``; or ``flip``, which leaves images as large as they are.
+        size: side of the views in pixels, but for ``flip``.
+        seed: of all draws.
+        wanted: names in the target, ``boxes``, ``labels``, ``masks``, ``keypoints`` or others of ``BoxSet.target``.
+
+    Raises:
+        UserError: on an unknown augmentation, or a set without boxes, or without keypoints where they are wanted.
+    """
+    if augment not in AUGMENTS:
+        raise UserError(f"task.augment={augment} is none of {', '.join(AUGMENTS)}")
+    if not len(images.labels):
+        raise UserError(f"the training images of {images.name} have no boxes; choose data that has some")
+    masks, points = "masks" in wanted, "keypoints" in wanted
+    if points and images.keypoints is None:
+        raise UserError(f"data={images.name} has no keypoints; train on boxes or masks, or take another set")
+
+    def example(row: int, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image, target = images.read(row, with_masks=masks, with_keypoints=points)
+        draw = key(seed, epoch, row)
+        if augment == "flip":
+            pixels, target = mirrored(image, target, draw, images.swap)
+        else:
+            pixels, target = augmented(image, target, augment, size, draw, images.swap)
+        return pixels, {name: target[name] for name in wanted}
+
+    return example
+
+
 class BoxLoader:
     """Batches for one rank, made ahead of the step that takes them.
 
     As in ``sslzoo.data.module.Loader`` the global batch of every step is cut from the epoch's order, of which rank r
-    takes its r-th part, and what happens to image i in epoch e is a function of (seed, e, i).
+    takes its r-th part.
 
     Args:
         images: the training set.
-        augment: ``s1`` to ``s4``, see ``box_views.augmented``; or ``flip``, which leaves images as large as they are.
-        size: side of the views of ``s1`` to ``s4`` in pixels.
+        example: from a row of it and the epoch to an image ``(3, H, W)`` uint8 and its target; from any thread.
         batch_size: images per step over all ranks.
-        seed: of order and augmentation.
+        seed: of the order.
         workers: threads.
         rank, world: this process's place.
-        masks: whether targets have masks.
+        on_error: ``raise`` stops at a damaged picture; ``skip`` takes the next readable row in its place.
 
     Attributes:
         position: batches given out since the run began; lives in the checkpoint.
+        skipped: rows that could not be read.
     """
 
     AHEAD = 2  # batches made in advance
 
     def __init__(
         self,
-        images: BoxSet,
-        augment: str,
-        size: int,
+        images: Pictures,
+        example: Example,
         batch_size: int,
         seed: int = 0,
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
-        masks: bool = False,
+        on_error: str = "raise",
     ):
         if batch_size % world:
             raise UserError(f"data.batch_size={batch_size} does not split evenly over {world} devices")
-        self.images, self.augment, self.size = images, augment, size
-        self.batch_size, self.seed, self.rank, self.world, self.masks = batch_size, seed, rank, world, masks
+        self.images, self.example, self.on_error = images, example, on_error
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.pool = ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="boxes")
         self.position = 0
+        self.skipped: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
@@ -86,31 +138,24 @@ class BoxLoader:
 
     def rows(self, position: int) -> np.ndarray:
         """This rank's rows of batch ``position``, ``(B,)``."""
-        epoch, step = divmod(position, len(self))
-        share = self.batch_size // self.world
-        start = step * self.batch_size + self.rank * share
-        return epoch_order(self.seed, epoch, len(self.images))[start : start + share]
+        return batch_rows(position, len(self.images), self.batch_size, self.seed, self.rank, self.world)
 
-    def example(self, row: int, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image ``row`` as it looks in ``epoch``, ``(3, H, W)`` uint8, and what there is to learn in it."""
-        image, target = self.images.read(row, with_masks=self.masks)
-        draw = key(self.seed, epoch, row)
-        if self.augment == "flip":
-            pixels, target = mirrored(_chw(image), target, draw)
-        else:
-            pixels, target = augmented(image, target, self.augment, self.size, draw)
-        names = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
-        return pixels, {name: target[name] for name in names}
+    def _read(self, row: int, epoch: int) -> tuple[tuple[Tensor, dict[str, Tensor]], int]:
+        """The example of ``row``, or of the next that can be read, and the row that it is of."""
+
+        def read(row: int) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.example(row, epoch)
+
+        return first_readable(read, row, self.images, self.on_error, self.skipped)
 
     def __iter__(self) -> Iterator[BoxBatch]:
         """From ``position`` to the end of its epoch."""
         epoch = self.position // len(self)
-        ahead: deque[tuple[np.ndarray, list[Future]]] = deque()
+        ahead: deque[list[Future]] = deque()
 
         def asked() -> Iterator[None]:
             for position in range(self.position, (epoch + 1) * len(self)):
-                rows = self.rows(position)
-                ahead.append((rows, [self.pool.submit(self.example, row, epoch) for row in rows.tolist()]))
+                ahead.append([self.pool.submit(self._read, row, epoch) for row in self.rows(position).tolist()])
                 yield
 
         requests = asked()
@@ -119,28 +164,14 @@ class BoxLoader:
                 pass
             while ahead:
                 next(requests, None)
-                rows, examples = ahead.popleft()
-                images, targets = zip(*(each.result() for each in examples), strict=True)
+                examples, rows = zip(*(each.result() for each in ahead.popleft()), strict=True)
+                images, targets = zip(*examples, strict=True)
                 self.position += 1
-                yield BoxBatch(list(images), list(targets), torch.from_numpy(rows))
+                yield BoxBatch(list(images), list(targets), torch.tensor(rows))
         finally:
-            for _, examples in ahead:
+            for examples in ahead:
                 for each in examples:
                     each.cancel()
-
-
-def mirrored(pixels: Tensor, target: dict, draw: int) -> tuple[Tensor, dict]:
-    """An image ``(3, H, W)`` and its target, or both in a mirror; crowds are left out."""
-    kept = ~target["iscrowd"]
-    target = {name: value[kept] if isinstance(value, Tensor) else value for name, value in target.items()}
-    if np.random.default_rng(draw).random() < 0.5:
-        return pixels, target
-    boxes = target["boxes"].clone()
-    boxes[:, [0, 2]] = pixels.shape[2] - target["boxes"][:, [2, 0]]
-    target["boxes"] = boxes
-    if "masks" in target:
-        target["masks"] = target["masks"].flip(-1)
-    return pixels.flip(-1), target
 
 
 def clean_pictures(images: BoxSet, rows: np.ndarray) -> Iterator[Tensor]:
@@ -160,27 +191,27 @@ def _chw(image: np.ndarray) -> Tensor:
 
 
 class Boxes(pl.LightningDataModule):
-    """Training batches for a detector, and the set it is scored on.
+    """Training batches of examples that a function makes, and the set that what is learned is scored on.
 
     Args:
         train: training images.
         val: held-out images.
-        augment, size, batch_size, seed, workers, masks: see ``BoxLoader``.
+        example: see ``BoxLoader``; for instance ``box_example(train, ...)``.
+        batch_size, seed, workers, on_error: see ``BoxLoader``.
 
     Raises:
-        UserError: on a batch larger than the set, a set without boxes, or an unknown augmentation.
+        UserError: on a batch larger than the set.
     """
 
     def __init__(
         self,
-        train: BoxSet,
-        val: BoxSet,
-        augment: str,
-        size: int,
+        train: Pictures,
+        val: Pictures,
+        example: Example,
         batch_size: int,
         seed: int = 0,
         workers: int | None = None,
-        masks: bool = False,
+        on_error: str = "raise",
     ):
         super().__init__()
         if not 0 < batch_size <= len(train):
@@ -188,14 +219,15 @@ class Boxes(pl.LightningDataModule):
                 f"data.batch_size={batch_size} is more than the {len(train)} training images of {train.name};"
                 f" set data.batch_size to at most {len(train)}"
             )
-        if not len(train.labels):
-            raise UserError(f"the training images of {train.name} have no boxes; choose data that has some")
-        if augment not in AUGMENTS:
-            raise UserError(f"task.augment={augment} is none of {', '.join(AUGMENTS)}")
-        self.train, self.val, self.augment, self.size = train, val, augment, size
-        self.batch_size, self.seed, self.workers, self.masks = batch_size, seed, workers, masks
+        self.train, self.val, self.example, self.batch_size = train, val, example, batch_size
+        self.seed, self.workers, self.on_error = seed, workers, on_error
         self.position = 0
         self.loader: BoxLoader | None = None
+
+    @property
+    def skipped(self) -> list[Path]:
+        """Pictures that this process could not read."""
+        return sorted({Path(self.train.files[row]) for row in self.loader.skipped}) if self.loader else []
 
     def state_dict(self) -> dict:
         """Where the run stands in the data; Lightning restores a loader's own state in the middle of an epoch only."""
@@ -207,14 +239,13 @@ class Boxes(pl.LightningDataModule):
     def train_dataloader(self) -> BoxLoader:
         self.loader = BoxLoader(
             self.train,
-            self.augment,
-            self.size,
+            self.example,
             self.batch_size,
             seed=self.seed,
             workers=self.workers,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
-            masks=self.masks,
+            on_error=self.on_error,
         )
         self.loader.position = self.position
         return self.loader

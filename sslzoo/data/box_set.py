@@ -61,6 +61,11 @@ class BoxSet:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def map_classes(self) -> list[str]:
+        """Names of the classes of a class map: background, and the objects'."""
+        return ["background", *self.classes]
+
     def rows(self, i: int) -> slice:
         """The objects of image i."""
         return slice(int(self.starts[i]), int(self.starts[i + 1]))
@@ -186,9 +191,7 @@ class BoxSet:
     @property
     def swap(self) -> list[int]:
         """Which keypoint each of the K becomes in a mirror."""
-        names = self.keypoint_names
-        mirrored = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
-        return [names.index(other) if other in names else k for k, other in enumerate(mirrored)]
+        return swapped(self.keypoint_names)
 
     def subset(self, images: np.ndarray) -> "BoxSet":
         """The set of these images only, in this order."""
@@ -304,6 +307,12 @@ def gathered(images: np.ndarray, of: np.ndarray, kept: np.ndarray) -> tuple[np.n
     rows = rows[np.argsort(of[rows], kind="stable")]
     counts = np.bincount(of[rows], minlength=len(images))[images]
     return rows, np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+
+
+def swapped(names: Sequence[str]) -> list[int]:
+    """Which keypoint each becomes in a mirror: that of the other side, or itself."""
+    mirrored = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
+    return [names.index(other) if other in names else k for k, other in enumerate(mirrored)]
 
 
 def repeats(values: Sequence[Hashable]) -> np.ndarray:

@@ -1,14 +1,17 @@
-"""Augmentation of images together with boxes, masks and keypoints: Augment-S1 to S4 of Zoph et al. 2020 (2006.06882).
+"""Augmentation of images together with boxes, masks, keypoints and class maps: Augment-S1 to S4 of Zoph et al. 2020
+(2006.06882).
 
 S1 flips, scales by 0.8 to 1.2 and crops. S2 puts AutoAugment for detection (Zoph et al. 2019, 1906.11172, policy v0)
-before that. S3 scales by 0.5 to 2. S4 scales likewise, after RandAugment (Cubuk et al. 2020, 1909.13719) instead.
+before that. S3 scales by 0.5 to 2. S4 scales likewise, after RandAugment (Cubuk et al. 2020, 1909.13719) instead. These
+scales are relative to the crop. ``own_scale`` flips, scales by 0.5 to 2 of the image's own size and crops, as FCNs are
+trained (He et al. 2020, 1911.05722, appendix).
 
 What happens is a pure function of the key, so ``sslzoo.views.draw.key(seed, epoch, index)`` repeats it anywhere.
 Distances of AutoAugment, in the paper pixels of images of about 640, are relative to the longer side here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from sslzoo.data.box_set import IGNORE
 from sslzoo.errors import UserError
 
 GRAY = 128.0  # what AutoAugment's operations uncover
@@ -25,10 +29,11 @@ LEAST = 1.0  # pixels; a box that is narrower or lower after a crop is left out
 
 
 class Strength(NamedTuple):
-    """How far an image is scaled, relative to the crop, and what is done to it before."""
+    """How far an image is scaled, relative to the crop or to the image itself, and what is done to it before."""
 
     scale: tuple[float, float]
     policy: str | None
+    of_crop: bool = True
 
 
 STRENGTHS = {
@@ -36,6 +41,7 @@ STRENGTHS = {
     "s2": Strength((0.8, 1.2), "autoaugment"),
     "s3": Strength((0.5, 2.0), "autoaugment"),
     "s4": Strength((0.5, 2.0), "randaugment"),
+    "own_scale": Strength((0.5, 2.0), None, of_crop=False),
 }
 AUTOAUGMENT = (  # policy v0: operation, probability, level of 10
     (("translate_x", 0.6, 4), ("equalize", 0.8, 10)),
@@ -53,7 +59,7 @@ class Scene:
 
     ``pixels`` (3, H, W) uint8; ``boxes`` (n, 4) float32; ``masks`` (n, H, W) uint8 or None; ``points`` (n, K, 3)
     float32 or None, whose x and y count from the corner of the image, not from the middle of its first pixel;
-    ``share`` (n,) is what its area is multiplied by.
+    ``share`` (n,) is what its area is multiplied by; ``classes`` (H, W) uint8, of every pixel, or None.
     """
 
     pixels: Tensor
@@ -62,6 +68,7 @@ class Scene:
     points: Tensor | None
     rows: Tensor
     share: Tensor
+    classes: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -81,14 +88,15 @@ def augmented(
 
     Args:
         image: ``(H, W, 3)`` uint8.
-        target: as ``BoxSet.target`` returns it.
-        strength: ``s1`` to ``s4``.
+        target: as ``BoxSet.target`` returns it; perhaps with ``class_map`` (H, W) of uint8.
+        strength: one of ``STRENGTHS``.
         size: side of the view in pixels.
         key: of all random draws.
         swap: which keypoint each becomes in a mirror (``BoxSet.swap``); needed where there are keypoints.
 
     Returns:
-        The view, ``(3, size, size)`` uint8, and the target of what is left in it, with boxes inside the view.
+        The view, ``(3, size, size)`` uint8, and the target of what is left in it, with boxes inside the view. Its
+        class map ``(size, size)`` is 255 where the image does not reach.
 
     Raises:
         UserError: if there is no such strength.
@@ -97,7 +105,7 @@ def augmented(
         raise UserError(f"augment={strength} is none of {', '.join(STRENGTHS)}")
     if "keypoints" in target and swap is None:
         raise ValueError("keypoints need swap: BoxSet.swap")
-    scale, policy = STRENGTHS[strength]
+    scale, policy, of_crop = STRENGTHS[strength]
     rng = np.random.default_rng(key)
     scene = _scene(image, target)
     if policy == "autoaugment":
@@ -110,7 +118,25 @@ def augmented(
             scene = RAND[k](scene, level / 10, rng)
     if rng.random() < 0.5:
         scene = flipped(scene, swap)
-    scene = cropped(resized(scene, size * rng.uniform(*scale) / max(scene.size)), size, rng)
+    ratio = rng.uniform(*scale)
+    if of_crop:
+        ratio *= size / max(scene.size)
+    scene = cropped(resized(scene, ratio), size, rng)
+    return scene.pixels, _target(scene, target)
+
+
+def mirrored(image: np.ndarray, target: dict, key: int = 0, swap: Sequence[int] | None = None) -> tuple[Tensor, dict]:
+    """An image ``(H, W, 3)`` uint8 and its target, or both in a mirror; crowds are left out.
+
+    Args:
+        image, target, key, swap: see ``augmented``.
+
+    Returns:
+        The image, ``(3, H, W)`` uint8, and its target.
+    """
+    scene = _scene(image, target)
+    if np.random.default_rng(key).random() < 0.5:
+        scene = flipped(scene, swap)
     return scene.pixels, _target(scene, target)
 
 
@@ -126,15 +152,20 @@ def _scene(image: np.ndarray, target: dict) -> Scene:
         points,
         keep.nonzero()[:, 0],
         torch.ones(int(keep.sum())),
+        target.get("class_map"),
     )
 
 
 def _target(scene: Scene, target: dict) -> dict:
     """The target of a finished scene."""
     found = {
-        key: value[scene.rows] if isinstance(value, Tensor) and value.dim() else value for key, value in target.items()
+        key: value[scene.rows] if isinstance(value, Tensor) and value.dim() else value
+        for key, value in target.items()
+        if key != "class_map"
     }
     found["boxes"] = scene.boxes
+    if scene.classes is not None:
+        found["class_map"] = scene.classes
     if "area" in target:
         found["area"] = found["area"] * scene.share
     if scene.masks is not None:
@@ -158,13 +189,13 @@ def _clipped(scene: Scene) -> Scene:
     keep = (boxes[:, 2:] - boxes[:, :2] >= LEAST).all(1)
     if scene.masks is not None:
         keep &= (scene.masks > 0).flatten(1).any(1)
-    return Scene(
-        scene.pixels,
-        boxes[keep],
-        None if scene.masks is None else scene.masks[keep],
-        None if scene.points is None else scene.points[keep],
-        scene.rows[keep],
-        (scene.share * _areas(boxes) / before.clamp_min(1e-9))[keep],
+    return replace(
+        scene,
+        boxes=boxes[keep],
+        masks=None if scene.masks is None else scene.masks[keep],
+        points=None if scene.points is None else scene.points[keep],
+        rows=scene.rows[keep],
+        share=(scene.share * _areas(boxes) / before.clamp_min(1e-9))[keep],
     )
 
 
@@ -184,8 +215,8 @@ def flipped(scene: Scene, swap: Sequence[int] | None = None) -> Scene:
     if points is not None:
         points = points[:, list(swap)].clone()
         points[..., 0] = width - points[..., 0]
-    masks = None if scene.masks is None else scene.masks.flip(-1)
-    return Scene(scene.pixels.flip(-1), boxes, masks, points, scene.rows, scene.share)
+    masks, classes = (None if each is None else each.flip(-1) for each in (scene.masks, scene.classes))
+    return replace(scene, pixels=scene.pixels.flip(-1), boxes=boxes, masks=masks, points=points, classes=classes)
 
 
 def resized(scene: Scene, ratio: float) -> Scene:
@@ -196,13 +227,19 @@ def resized(scene: Scene, ratio: float) -> Scene:
     points = scene.points
     if points is not None:
         points = torch.cat([points[..., :2] * factors, points[..., 2:]], dim=-1)
-    return Scene(
-        F.resize_image(scene.pixels, size, antialias=True),
-        scene.boxes * factors.repeat(2),
-        None if scene.masks is None else F.resize_mask(scene.masks, size) if len(scene.masks) else _blank(size),
-        points,
-        scene.rows,
-        scene.share * factors.prod(),
+    masks, classes = scene.masks, scene.classes
+    if masks is not None:
+        masks = F.resize_mask(masks, size) if len(masks) else _blank(size)
+    if classes is not None:
+        classes = F.resize_image(classes[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return replace(
+        scene,
+        pixels=F.resize_image(scene.pixels, size, antialias=True),
+        boxes=scene.boxes * factors.repeat(2),
+        masks=masks,
+        points=points,
+        share=scene.share * factors.prod(),
+        classes=classes,
     )
 
 
@@ -220,11 +257,17 @@ def cropped(scene: Scene, size: int, rng: np.random.Generator) -> Scene:
         whole = torch.zeros((len(masks), size, size), dtype=masks.dtype)
         whole[:, : inner.shape[1], : inner.shape[2]] = masks[:, rows, columns]
         masks = whole
+    classes = scene.classes
+    if classes is not None:
+        whole = torch.full((size, size), IGNORE, dtype=torch.uint8)
+        whole[: inner.shape[1], : inner.shape[2]] = classes[rows, columns]
+        classes = whole
     corner = torch.tensor([left, top], dtype=torch.float32)
     points = scene.points
     if points is not None:
         points = torch.cat([points[..., :2] - corner, points[..., 2:]], dim=-1)
-    return _clipped(Scene(pixels, scene.boxes - corner.repeat(2), masks, points, scene.rows, scene.share))
+    boxes = scene.boxes - corner.repeat(2)
+    return _clipped(replace(scene, pixels=pixels, boxes=boxes, masks=masks, points=points, classes=classes))
 
 
 def _blank(size: Sequence[int]) -> Tensor:
@@ -248,14 +291,16 @@ def moved(
     x1, y1, x2, y2 = scene.boxes.unbind(1)
     corners = torch.stack([x1, y1, x2, y1, x2, y2, x1, y2], dim=1).reshape(-1, 4, 2)
     corners, _ = F.affine_keypoints(corners, scene.size, **values)
-    points, masks = scene.points, scene.masks
+    points, masks, classes = scene.points, scene.masks, scene.classes
     if points is not None:
         places, _ = F.affine_keypoints(points[..., :2].contiguous(), scene.size, **values)
         points = torch.cat([places, points[..., 2:]], dim=-1)
     if masks is not None and len(masks):
         masks = F.affine_mask(masks, **values)
+    if classes is not None:
+        classes = F.affine_mask(classes[None], **values, fill=[IGNORE])[0]
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
-    return _clipped(Scene(pixels, boxes, masks, points, scene.rows, scene.share))
+    return _clipped(replace(scene, pixels=pixels, boxes=boxes, masks=masks, points=points, classes=classes))
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:
@@ -266,8 +311,7 @@ def _coloured(change: Callable[[Tensor, float], Tensor]) -> Operation:
     """An operation that leaves everything where it is."""
 
     def operation(scene: Scene, level: float, rng: np.random.Generator) -> Scene:
-        pixels = change(scene.pixels, level)
-        return Scene(pixels, scene.boxes, scene.masks, scene.points, scene.rows, scene.share)
+        return replace(scene, pixels=change(scene.pixels, level))
 
     return operation
 
@@ -305,18 +349,18 @@ def _translate(axis: int, furthest: float) -> Operation:
 
 
 def _cutout(scene: Scene, level: float, rng: np.random.Generator) -> Scene:
-    """A gray square over the image; boxes stay."""
+    """A gray square over the image; boxes and classes stay."""
     height, width = scene.size
     half = round(100 / 640 * level * max(height, width))
     y, x = int(rng.integers(height)), int(rng.integers(width))
     pixels = scene.pixels.clone()
     pixels[:, max(y - half, 0) : y + half, max(x - half, 0) : x + half] = int(GRAY)
-    return Scene(pixels, scene.boxes, scene.masks, scene.points, scene.rows, scene.share)
+    return replace(scene, pixels=pixels)
 
 
 def _translate_y_in_boxes(scene: Scene, level: float, rng: np.random.Generator) -> Scene:
-    """What is in a box, up or down within it, for one box in three; not where masks or keypoints would be torn off."""
-    if scene.masks is not None or scene.points is not None:
+    """What is in a box, up or down within it, for one box in three; not where anything but boxes would be torn off."""
+    if any(each is not None for each in (scene.masks, scene.points, scene.classes)):
         return scene
     pixels = scene.pixels.clone()
     for x1, y1, x2, y2 in scene.boxes.round().int().tolist():
@@ -329,7 +373,7 @@ def _translate_y_in_boxes(scene: Scene, level: float, rng: np.random.Generator) 
             else:
                 shifted[:, :down] = inside[:, -down:]
             pixels[:, y1:y2, x1:x2] = shifted
-    return Scene(pixels, scene.boxes, scene.masks, scene.points, scene.rows, scene.share)
+    return replace(scene, pixels=pixels)
 
 
 AUTO: dict[str, Operation] = {

@@ -11,7 +11,7 @@ from sslzoo.data.coco import LAYOUT, read_coco
 from sslzoo.data.voc import devkit, listed, read_voc, splits
 from sslzoo.errors import UserError
 
-__all__ = ["NAMES", "BoxSet", "chosen", "load_boxes", "load_unlabelled", "training_pictures"]
+__all__ = ["NAMES", "BoxSet", "chosen", "held_back", "load_boxes", "load_unlabelled", "training_pictures"]
 
 NAMES = ("coco", "voc", "scenes")
 LABELS = ("annotations", "years", "classes", "label_fraction", "class_agnostic")  # what the labels depend on
@@ -48,8 +48,8 @@ def load_boxes(
         name: one of ``NAMES``.
         root: where the set is; ``scenes`` needs none and is written there, or to the user's cache, at the first call.
         annotations: of ``coco``, the files ``annotations/ANNOTATIONS_{train,val}2017.json``.
-        years: of ``voc``, ``2007`` (trainval and test), ``2012`` (train and val) or ``07+12`` (both trainvals and
-            test of 2007).
+        years: of ``voc``, ``2007`` (trainval and test), ``2012`` (train and val), ``07+12`` (both trainvals and test of
+            2007) or, for ``segmentation``, ``2012aug`` (train with SBD's labels, and val).
         classes: of ``voc``, by label; null takes ``classes.txt`` or PASCAL's 20.
         label_fraction: part of the training images that is kept, 0 to 1; a smaller part lies in a larger one.
         class_agnostic: one class, ``object``, instead of all.
@@ -81,22 +81,54 @@ def load_unlabelled(
 ) -> BoxSet:
     """The images that self-training may label: the training images that ``label_fraction`` leaves, and unlabeled2017.
 
+    ``scenes`` has ``scenes.unlabelled_folder()`` for the latter, if its root has none.
+
     Raises:
         UserError: if there are none.
     """
     train, _ = _whole(name, root, annotations, years, classes, on_error, masks=False, segmentation=False)
     rest = np.setdiff1d(np.arange(len(train)), labelled_images(len(train), label_fraction, seed))
     parts = [train.subset(rest).unlabelled()] if len(rest) else []
-    top = _root(name, root)
+    top = _more(name, root)
     if name != "voc" and (top / "unlabeled2017").is_dir():
         categories = dict(zip(train.category_ids, train.classes, strict=True))
         file = top / "annotations" / "image_info_unlabeled2017.json"
+        if not file.is_file() and name == "scenes":
+            file = top / "annotations" / "instances_unlabeled2017.json"
         more = read_coco(file, top / "unlabeled2017", name, False, on_error, categories)
         parts.append(more.unlabelled())
     if not parts:
         raise UserError(f"data={name} has no unlabelled images; pass data.label_fraction below 1")
     images = parts[0] if len(parts) == 1 else _joined(*parts)
     return images.agnostic() if class_agnostic else images
+
+
+def held_back(
+    name: str = "scenes",
+    root: str | Path | None = None,
+    *,
+    annotations: str = "instances",
+    years: str | int = "07+12",
+    classes: Sequence[str] | None = None,
+    label_fraction: float = 1.0,
+    class_agnostic: bool = False,
+    on_error: str = "raise",
+    seed: int = 0,
+) -> list[BoxSet]:
+    """True labels of those images of ``load_unlabelled`` that have some: to judge pseudo-labels by, never to train on.
+
+    The training images that ``label_fraction`` leaves, and unlabeled2017 where there is an
+    ``annotations/instances_unlabeled2017.json``.
+    """
+    train, _ = _whole(name, root, annotations, years, classes, on_error, masks=False, segmentation=False)
+    rest = np.setdiff1d(np.arange(len(train)), labelled_images(len(train), label_fraction, seed))
+    parts = [train.subset(rest)] if len(rest) else []
+    top = _more(name, root)
+    file = top / "annotations" / "instances_unlabeled2017.json"
+    if name != "voc" and file.is_file():
+        categories = dict(zip(train.category_ids, train.classes, strict=True))
+        parts.append(read_coco(file, top / "unlabeled2017", name, False, on_error, categories))
+    return [part.agnostic() for part in parts] if class_agnostic else parts
 
 
 def labelled_images(count: int, fraction: float, seed: int = 0) -> np.ndarray:
@@ -141,6 +173,12 @@ def _root(name: str, root: str | Path | None) -> Path:
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder; pass data.root=PATH of the one that holds the set")
     return root
+
+
+def _more(name: str, root: str | Path | None) -> Path:
+    """The folder of unlabeled2017."""
+    top = _root(name, root)
+    return scenes.unlabelled_folder() if name == "scenes" and not (top / "unlabeled2017").is_dir() else top
 
 
 def _whole(

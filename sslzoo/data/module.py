@@ -3,18 +3,29 @@
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sslzoo.data.images import CorruptImage, ImageSet
+from sslzoo.data.images import ImageSet
 from sslzoo.errors import UserError
 from sslzoo.method import Batch
 from sslzoo.views import Clean, Views
+
+T = TypeVar("T")
+
+
+class NamedImages(Protocol):
+    """A set: so many images, and what it is called."""
+
+    name: str
+
+    def __len__(self) -> int: ...
 
 
 def default_workers() -> int:
@@ -25,6 +36,39 @@ def default_workers() -> int:
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of ``size`` images in one epoch, ``(size,)`` int64; a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def batch_rows(position: int, size: int, batch_size: int, seed: int, rank: int, world: int) -> np.ndarray:
+    """One rank's rows of batch ``position`` of a run, ``(B,)``.
+
+    Every epoch's order is cut into global batches, of which rank r takes its r-th part; a last one that is not full is
+    dropped.
+    """
+    epoch, step = divmod(position, size // batch_size)
+    share = batch_size // world
+    start = step * batch_size + rank * share
+    return epoch_order(seed, epoch, size)[start : start + share]
+
+
+def first_readable(
+    read: Callable[[int], T], row: int, images: NamedImages, on_error: str, skipped: set[int]
+) -> tuple[T, int]:
+    """What ``read`` makes of ``row``, or under ``on_error=skip`` of the next row that can be read, and which row it is.
+
+    Rows that cannot be read are added to ``skipped``.
+
+    Raises:
+        UserError: under ``on_error=raise`` that of ``read``; under ``skip`` if no row can be read.
+    """
+    for candidate in range(row, row + len(images)):
+        candidate %= len(images)
+        try:
+            return read(candidate), candidate
+        except UserError:
+            if on_error == "raise":
+                raise
+            skipped.add(candidate)
+    raise UserError(f"no image of {images.name} can be read")
 
 
 class Reader:
@@ -51,15 +95,7 @@ class Reader:
         return [image for image, _ in read], np.array([row for _, row in read])
 
     def _read(self, row: int) -> tuple[np.ndarray, int]:
-        for candidate in range(row, row + len(self.images)):
-            candidate %= len(self.images)
-            try:
-                return self.images.read(candidate), candidate
-            except CorruptImage:
-                if self.on_error == "raise":
-                    raise
-                self.skipped.add(candidate)
-        raise UserError(f"no image of {self.images.name} can be read")
+        return first_readable(self.images.read, row, self.images, self.on_error, self.skipped)
 
 
 class Loader:
@@ -119,10 +155,7 @@ class Loader:
 
     def rows(self, position: int) -> np.ndarray:
         """This rank's rows of batch ``position``, ``(B,)``."""
-        epoch, step = divmod(position, len(self))
-        share = self.batch_size // self.world
-        start = step * self.batch_size + self.rank * share
-        return epoch_order(self.seed, epoch, len(self.images))[start : start + share]
+        return batch_rows(position, len(self.images), self.batch_size, self.seed, self.rank, self.world)
 
     def make(self, position: int, out: list[Tensor]) -> Batch:
         """Batch ``position``, its views written to ``out``."""

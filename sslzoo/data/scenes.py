@@ -21,7 +21,8 @@ from sslzoo.data import photos
 from sslzoo.errors import UserError
 
 VERSION = 1  # of the pictures: another number for other pixels or boxes
-TRAIN, VAL = 1000, 200
+TRAIN, VAL, UNLABELLED = 1000, 200, 2000
+SPLITS = {"train": 0, "val": 1, "unlabeled": 2}  # begin the random numbers of their scenes
 
 CUT_OUT = ("cat", "tissue", "retina", "flower")  # photographs that objects are cut out of
 BEHIND = ("astronaut", "coffee", "galaxies", "motorcycle", "rocket", "pagoda")  # photographs that are backgrounds
@@ -62,8 +63,7 @@ def folder(root: str | Path | None = None) -> Path:
     Raises:
         UserError: if ``root`` holds something else, or cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = cache / "sslzoo" / f"scenes-{VERSION}" if root is None else Path(root).expanduser()
+    place = _cache() / f"scenes-{VERSION}" if root is None else Path(root).expanduser()
     if (place / "annotations" / "instances_val2017.json").is_file():
         return place
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -75,19 +75,38 @@ def folder(root: str | Path | None = None) -> Path:
     return place
 
 
+def unlabelled_folder() -> Path:
+    """More scenes like the training ones, in the user's cache, written at the first call: to be labelled by a teacher.
+
+    Their true boxes are in ``annotations/instances_unlabeled2017.json``, to judge its labels by, and for nothing else.
+    """
+    place = _cache() / f"scenes-{VERSION}-unlabelled"
+    if not (place / "annotations" / "instances_unlabeled2017.json").is_file():
+        _write(place, {"unlabeled": UNLABELLED})
+    return place
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sslzoo"
+
+
 def write_scenes(place: Path, train: int = TRAIN, val: int = VAL) -> None:
     """Write both splits to ``place``, whole or not at all; who comes second keeps what the first has written."""
+    _write(place, {"train": train, "val": val})
+
+
+def _write(place: Path, counts: dict[str, int]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
     try:
         os.chmod(partial, 0o755)  # mkdtemp's is the user's alone
         (partial / "annotations").mkdir()
-        for split, count in (("train", train), ("val", val)):
+        for split, count in counts.items():
             _write_split(partial, split, count)
         try:
             os.rename(partial, place)
         except OSError:
-            if not (place / "annotations" / "instances_val2017.json").is_file():
+            if not (place / "annotations" / f"instances_{split}2017.json").is_file():
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,9 +118,10 @@ def _write_split(top: Path, split: str, count: int) -> None:
     pieces, grounds = _material(split == "val")
     images, annotations = [], []
     for k in range(count):
-        rng = np.random.default_rng([VERSION, split == "val", k])
+        rng = np.random.default_rng([VERSION, SPLITS[split], k])
         pixels, found = _scene(rng, pieces, grounds)
-        image = {"id": 1000 + 7 * k, "file_name": f"{1000 + 7 * k:012d}.jpg"}
+        number = 1000 + 7 * k + (10**6 if split == "unlabeled" else 0)  # beside the training set's
+        image = {"id": number, "file_name": f"{number:012d}.jpg"}
         images.append(image | {"height": pixels.shape[0], "width": pixels.shape[1]})
         (pictures / image["file_name"]).write_bytes(
             simplejpeg.encode_jpeg(pixels, quality=92, colorsubsampling="444", fastdct=False)

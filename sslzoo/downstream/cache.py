@@ -63,7 +63,8 @@ class Cache:
 
     Args:
         folder: where; None keeps nothing.
-        limit_mb: features larger than this (2**20 bytes) are written and read through a memory map.
+        limit_mb: features larger than this (2**20 bytes) are written and read through a memory map; with no folder to
+            write to, they stay in memory.
     """
 
     folder: Path | None = None

@@ -1,20 +1,20 @@
 """Detection: a detector is trained on boxes, finds boxes, and is scored by them."""
 
-from collections.abc import Sequence
-from itertools import islice
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, repeat
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sslzoo.data.box_module import BoxBatch, clean_pictures
+from sslzoo.data.box_module import BoxBatch, BoxLoader, clean_pictures
 from sslzoo.data.box_set import BoxSet
 from sslzoo.dist import rank, world
 from sslzoo.downstream.average_precision import coco_scores, packed, voc_scores
 from sslzoo.errors import UserError
 from sslzoo.method import Method
-from sslzoo.monitor import log
 from sslzoo.optim import Optim
 
 METRICS = ("coco", "voc07", "voc12")
@@ -44,6 +44,13 @@ class Detection(Method):
     def before_step(self) -> None:
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+
+
+def first_batches(loader: BoxLoader, images: int) -> Iterator[BoxBatch]:
+    """The run's first batches once more, until they hold ``images`` images; ``loader`` stays where it is."""
+    again = copy.copy(loader)
+    again.position = 0
+    return islice(chain.from_iterable(repeat(again)), math.ceil(images / loader.batch_size))
 
 
 def unit_range(image: Tensor) -> Tensor:
@@ -77,9 +84,17 @@ def predict(module: Detection, images: BoxSet, batch_size: int = 16) -> list[dic
 
 def _on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
     kept = {name: found[name].cpu() for name in ("boxes", "scores", "labels")}
+    if "keypoints" in found:
+        kept["keypoints"] = found["keypoints"].cpu()
     if "masks" in found:
         kept["masks"] = packed(found["masks"])  # a hundred masks of every image would not fit in memory
     return kept
+
+
+def check_metric(metric: str) -> None:
+    """Refuse, by UserError, a metric that ``score`` does not know."""
+    if metric not in METRICS:
+        raise UserError(f"task.metric={metric} is none of {', '.join(METRICS)}")
 
 
 def score(truth: BoxSet, predictions: Sequence[dict], metric: str = "coco", masks: bool = False) -> dict[str, float]:
@@ -90,7 +105,11 @@ def score(truth: BoxSet, predictions: Sequence[dict], metric: str = "coco", mask
         predictions: of all its images, see ``predict``.
         metric: ``coco``; ``voc07``, by 11 points; or ``voc12``, by the area.
         masks: add COCO's of masks, as ``mask_map`` and so on.
+
+    Raises:
+        UserError: on another metric.
     """
+    check_metric(metric)
     if metric == "coco":
         scores = coco_scores(truth, predictions)
     else:
@@ -98,40 +117,3 @@ def score(truth: BoxSet, predictions: Sequence[dict], metric: str = "coco", mask
     if masks:
         scores |= {f"mask_{name}": value for name, value in coco_scores(truth, predictions, iou="segm").items()}
     return {name: value for name, value in scores.items() if isinstance(value, float) and value >= 0}
-
-
-class Evaluate(pl.Callback):
-    """Average precision on held-out images every few epochs, and at the end; what is found last is the run's score.
-
-    Args:
-        images: held-out.
-        every: epochs between two looks.
-        metric, masks: see ``score``.
-        batch_size: images found in at once.
-
-    Attributes:
-        values: the scores; live in the checkpoint.
-        predictions: that were scored; empty in a run resumed after its end.
-    """
-
-    def __init__(self, images: BoxSet, every: int = 1, metric: str = "coco", masks: bool = False, batch_size: int = 16):
-        if metric not in METRICS:
-            raise UserError(f"task.metric={metric} is none of {', '.join(METRICS)}")
-        if every < 1:
-            raise UserError(f"task.every_epochs={every} is no number of epochs; set it to 1 or more")
-        self.images, self.every, self.metric, self.masks, self.batch_size = images, every, metric, masks, batch_size
-        self.values: dict[str, float] = {}
-        self.predictions: list[dict] = []
-
-    def state_dict(self) -> dict:
-        return {"values": self.values}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.values = state["values"]
-
-    def on_train_epoch_end(self, trainer, module: Detection) -> None:
-        if (trainer.current_epoch + 1) % self.every and trainer.global_step < module.steps:
-            return
-        self.predictions = predict(module, self.images, self.batch_size)
-        self.values = score(self.images, self.predictions, self.metric, self.masks)
-        log(trainer, self.values)

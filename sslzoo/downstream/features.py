@@ -15,6 +15,13 @@ from sslzoo.errors import UserError
 from sslzoo.views import Clean
 
 KINDS = ("last", "last4")
+PART = 2**24  # numbers of features on disk that are worked on at a time, 64 MB
+
+
+def parts(n: int, dim: int) -> Iterator[slice]:
+    """Slices of n rows of ``dim`` numbers, ``PART`` numbers each."""
+    size = max(1, PART // dim)
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def layers(encoder: Encoder, x: Tensor, kinds: Sequence[str] = ("last",)) -> dict[str, Tensor]:
@@ -93,9 +100,15 @@ def features(
     half: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit features of ``rows``, ``(n, D)`` float32, and the rows they belong to ``(n,)``; see ``feature_batches``."""
-    batches = feature_batches(encoder, images, clean, ("last",), rows, batch_size, on_error, half)
-    found = [(normalize(h["last"], dim=1).cpu(), part) for h, part in batches]
-    return torch.cat([z for z, _ in found]).numpy(), np.concatenate([part for _, part in found])
+    rows = np.arange(len(images)) if rows is None else rows
+    found, kept = None, []
+    for h, part in feature_batches(encoder, images, clean, ("last",), rows, batch_size, on_error, half):
+        z = normalize(h["last"], dim=1).cpu().numpy()
+        found = np.empty((len(rows), z.shape[1]), np.float32) if found is None else found  # once: it may be large
+        done = sum(map(len, kept))
+        found[done : done + len(part)] = z
+        kept.append(part)
+    return found[: sum(map(len, kept))], np.concatenate(kept)
 
 
 def unit(z: np.ndarray) -> np.ndarray:
@@ -103,10 +116,10 @@ def unit(z: np.ndarray) -> np.ndarray:
     return normalize(torch.from_numpy(np.array(z)), dim=1).numpy()
 
 
-def unit_parts(z: np.ndarray, size: int = 65536) -> Iterator[np.ndarray]:
-    """The same a part at a time, for features that lie on disk."""
-    for start in range(0, len(z), size):
-        yield unit(z[start : start + size])
+def unit_parts(z: np.ndarray) -> Iterator[np.ndarray]:
+    """The same a part at a time, so that features which lie on disk stay there."""
+    for part in parts(*z.shape):
+        yield unit(z[part])
 
 
 def check_size(encoder: Encoder, size: int, kinds: Sequence[str] = ("last",)) -> dict[str, int]:

@@ -1,61 +1,11 @@
 """Weighted nearest-neighbour classification (InstDisc, sec. 3.4)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import faiss
 import numpy as np
-import torch
 from numba import njit
 
-from sslzoo.errors import UserError
-
-QUERIES, BANK = 2048, 512  # sides of the block of similarities that is made at a time, 4 MB
-
-
-def neighbours(bank: np.ndarray | Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact nearest rows of ``bank`` by cosine similarity.
-
-    faiss's heaps over torch's matrix product: faiss's own search multiplies with the OpenBLAS in its wheel, which on
-    some CPUs (Sapphire Rapids) takes three times as long.
-
-    Args:
-        bank: unit rows, ``(N, D)``, or parts of them one after the other, where they do not fit into memory.
-        queries: unit rows, ``(M, D)``.
-        k: how many.
-
-    Returns:
-        Similarities ``(M, k)`` float32, the largest first, and rows ``(M, k)`` int64.
-
-    Raises:
-        UserError: if the bank has fewer than k rows, or features are not finite.
-    """
-    parts = [bank] if isinstance(bank, np.ndarray) else bank
-    similarity, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    heaps = faiss.float_minheap_array_t()
-    heaps.nh, heaps.k = len(queries), k
-    heaps.val, heaps.ids = faiss.swig_ptr(similarity), faiss.swig_ptr(rows)
-    heaps.heapify()
-    asked = [_tensor(queries[i : i + QUERIES]) for i in range(0, len(queries), QUERIES)]
-    block, size = torch.empty(QUERIES * BANK), 0
-    for part in parts:
-        for start in range(0, len(part), BANK):
-            known = _tensor(part[start : start + BANK])  # (b, D)
-            for i, x in enumerate(asked):
-                found = block[: len(x) * len(known)].view(len(x), len(known))
-                torch.mm(x, known.T, out=found)
-                heaps.addn(len(known), faiss.swig_ptr(found.numpy()), size, i * QUERIES, len(x))
-            size += len(known)
-    if k > size:
-        raise UserError(f"k={k} neighbours were asked of a bank of {size} images; set k to at most {size}")
-    heaps.reorder()
-    return similarity, rows
-
-
-def _tensor(rows: np.ndarray) -> torch.Tensor:
-    z = torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
-    if not z.sum().isfinite():  # ten times as fast as to ask each
-        raise UserError("the backbone gives features that are not finite (NaN or inf); it was not trained well")
-    return z
+from sslzoo.downstream.search import neighbours
 
 
 def ranks(

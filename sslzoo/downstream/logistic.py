@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PART = 65536  # rows that are looked at at a time
+from sslzoo.downstream.features import parts
 
 
 class Head(NamedTuple):
@@ -31,7 +31,7 @@ class Rows:
         self.rows = np.arange(len(z)) if rows is None else rows
         self.labels = torch.from_numpy(labels[self.rows]).to(device)
         self.mapped = z if isinstance(z, np.memmap) else None
-        self.z = None if self.mapped is not None else torch.from_numpy(z[self.rows]).to(device)
+        self.z = None if self.mapped is not None else torch.from_numpy(z if rows is None else z[rows]).to(device)
         self.dim, self.dtype, self.device = z.shape[1], torch.from_numpy(np.empty(0, z.dtype)).dtype, device
 
     def __len__(self) -> int:
@@ -39,12 +39,11 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields features ``(b, D)`` and labels ``(b,)``."""
-        for start in range(0, len(self), PART):
-            part = slice(start, start + PART)
+        for part in parts(len(self), self.dim):
             if self.mapped is None:
                 x = self.z[part]
             else:
-                x = torch.from_numpy(np.asarray(self.mapped[self.rows[part]])).to(self.device)
+                x = torch.from_numpy(np.asarray(self.mapped[self.rows[part]])).to(self.device)  # a copy
             yield x, self.labels[part]
 
     def moments(self) -> tuple[Tensor, Tensor]:

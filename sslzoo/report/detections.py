@@ -10,33 +10,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from sslzoo.data.box_set import BoxSet
-from sslzoo.report.pictures import BLUE, GREEN, INK, ORANGE, draw_loss, draw_speed, save
-
-
-def draw_precision(axes: Axes, rows: list[dict]) -> None:
-    """AP and AP at IoU 0.5 over steps."""
-    for key, name, colour in (("map_50", "AP50", ORANGE), ("map", "AP", BLUE)):
-        steps = [(row["step"], 100 * row[key]) for row in rows if key in row]
-        if steps:
-            axes.plot(*zip(*steps, strict=True), color=colour, marker="o", markersize=3, label=name)
-    axes.set(title="average precision, %", xlabel="optimizer step")
-    axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+from sslzoo.report.pictures import BLUE, GREEN, INK, ORANGE, draw_shares, save, training_curves
 
 
 def curves(rows: list[dict], path: str | Path, title: str) -> Path:
     """``curves.png``: loss, average precision, speed."""
-    figure = Figure(figsize=(11, 3))
-    axes = figure.subplots(1, 3)
-    draw_loss(axes[0], rows)
-    draw_precision(axes[1], rows)
-    draw_speed(axes[2], rows)
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return save(figure, path)
+    lines = {"map_50": ("AP50", ORANGE), "map": ("AP", BLUE)}
+    return training_curves(rows, path, title, lambda axes: draw_shares(axes, rows, lines, "average precision, %"))
 
 
 def draw_boxes(axes: Axes, boxes: Tensor, names: Sequence[str], colour: str, style: str = "-") -> None:

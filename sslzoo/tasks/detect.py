@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -10,20 +11,26 @@ from torch import nn
 
 from sslzoo.blocks import Encoder
 from sslzoo.config import built, plain
-from sslzoo.data.box_module import Boxes
+from sslzoo.data.box_module import Boxes, box_example
 from sslzoo.data.box_set import BoxSet
 from sslzoo.data.boxes import chosen, load_boxes
+from sslzoo.data.mixed import Mixed
+from sslzoo.data.pseudo_labels import PseudoLabels
 from sslzoo.downstream import detectors
 from sslzoo.downstream.average_precision import write_results
-from sslzoo.downstream.detection import Detection, Evaluate, predict
+from sslzoo.downstream.detection import Detection, check_metric, first_batches, predict, score
+from sslzoo.downstream.evaluate import Evaluate
+from sslzoo.downstream.precise_bn import estimate_batchnorm
 from sslzoo.errors import UserError
+from sslzoo.method import Method
 from sslzoo.monitor import Metrics, device_memory_mb
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.detections import curves, predictions
 from sslzoo.report.progress import Bar, console
+from sslzoo.selftrain import LossBalance, Student, fingerprint
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
-from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started
+from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started, tell_skipped
 
 # What build's arguments are called in conf/task/detect.yaml: the same
 BUILT = (
@@ -43,16 +50,34 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     task, masks = config.task, str(config.task.model).startswith("mask")
     if config.data.label_list is not None:
         raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
+    check_metric(task.metric)
+    if task.precise_bn < 0:
+        raise UserError(f"task.precise_bn={task.precise_bn} is no number of images; set it to 0 or more")
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
     train, val = load_sets(config, masks)
     detector = build_detector(sized, encoder, len(train.classes))
-    data = load_data(config, train, val, masks)
-    optim = built(task.optim, "task.optim", Optim, batch_size=data.batch_size)
-    module = Detection(detector, optim, task.clip)
-    module.seed = config.seed
-    evaluate = Evaluate(val, task.every_epochs, task.metric, masks)
+    data = boxes = load_data(config, train, val, masks)
+    optim = built(task.optim, "task.optim", Optim, batch_size=boxes.batch_size)
+    module = learner = Detection(detector, optim, task.clip)
+    learner.seed = config.seed
+    start = fingerprint(learner)
+    if task.pseudo is not None:
+        labelled = PseudoLabels.read(task.pseudo, train, masks).with_boxes()
+        others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
+        data = Mixed(boxes, load_data(others, labelled, val, masks))
+        module = Student(learner, LossBalance(task.alpha))
+
+    found: list[dict] = []  # at the last look
+
+    def look(_: Method) -> dict[str, float]:
+        if task.precise_bn:
+            estimate_batchnorm(learner, first_batches(boxes.loader, task.precise_bn))
+        found[:] = predict(learner, val)
+        return score(val, found, task.metric, masks)
+
+    evaluate = Evaluate(look, task.every_epochs)
     on = device(config)
     leave_cores_to_views(on[0], config)
     named = f"task.model={task.model} on backbone={config.backbone}"
@@ -69,7 +94,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if not trainer.is_global_zero:
         return {}
 
-    found = evaluate.predictions or predict(module, val)
+    found = found or predict(learner, val)
     write_results(run_dir / "results.json", val, found)
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
     curves(rows.rows, run_dir / "curves.png", title)
@@ -92,6 +117,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
         "train_images": len(train),
         "val_images": len(val),
+        "start": start,
+        "skipped_images": len(data.skipped),
         "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
         "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
         "precision": on[1],
@@ -101,6 +128,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         **provenance(config, overrides),
     }
     write_summary(run_dir, summary)
+    tell_skipped(data.skipped)
     report(summary, run_dir)
     return summary
 
@@ -108,11 +136,16 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
 def load_sets(config: DictConfig, masks: bool) -> tuple[BoxSet, BoxSet]:
     """The training and held-out images of ``config.data``.
 
+    With ``task.drop_empty`` training leaves out images without boxes, or with none but crowds', as detectron2 does.
+
     Raises:
         UserError: if these data have no boxes.
     """
     settings = chosen(plain(config.data))
     train, val = load_boxes(**settings, masks=masks, segmentation=masks, seed=config.seed)
+    if config.task.drop_empty:
+        image = np.repeat(np.arange(len(train)), np.diff(train.starts))
+        train = train.subset(np.unique(image[~train.crowd]))
     if not len(val.labels):
         raise UserError(f"the held-out images of data={val.name} have no boxes to score by; choose data that has some")
     return train, val
@@ -123,15 +156,16 @@ def load_data(config: DictConfig, train: BoxSet, val: BoxSet, masks: bool) -> Bo
     if config.trainer.accumulate_grad_batches != 1:
         raise UserError("task=detect does not accumulate gradients: set trainer.accumulate_grad_batches=1")
     sizes = config.task.min_size
+    size = sizes if isinstance(sizes, int) else sizes[-1]
+    wanted = ("boxes", "labels", "masks") if masks else ("boxes", "labels")
     return Boxes(
         train,
         val,
-        config.task.augment,
-        sizes if isinstance(sizes, int) else sizes[-1],
+        box_example(train, config.task.augment, size, config.seed, wanted),
         config.data.batch_size,
         seed=config.seed,
         workers=config.data.workers,
-        masks=masks,
+        on_error=config.data.on_error,
     )
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sslzoo.downstream.detectors import Suppression, soft_nms
+from sslzoo.downstream.suppression import Suppression, soft_nms
 
 
 def overlap(a: list[float], b: list[float]) -> float:

@@ -1,0 +1,175 @@
+"""Train a segmenter on a backbone, and score its class maps of held-out images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sslzoo.blocks import Encoder
+from sslzoo.config import built, plain
+from sslzoo.data.box_module import Boxes
+from sslzoo.data.box_views import STRENGTHS
+from sslzoo.data.map_module import map_example
+from sslzoo.data.maps import load_maps
+from sslzoo.downstream import segmenters
+from sslzoo.downstream.evaluate import Evaluate
+from sslzoo.downstream.segmentation import Segmentation, drawn, looked
+from sslzoo.downstream.segmenters import Segmenter
+from sslzoo.errors import UserError
+from sslzoo.monitor import Metrics, device_memory_mb
+from sslzoo.optim import Optim
+from sslzoo.report.class_maps import curves, predictions, some_rows, write_maps
+from sslzoo.report.csv_log import CsvLog
+from sslzoo.report.progress import Bar, console
+from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
+from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started, tell_skipped
+
+BUILT = ("channels", "norm", "repeats")  # what build's arguments are called in conf/task/segment.yaml: the same
+
+
+def run(config: DictConfig, overrides: Sequence[str]) -> dict:
+    """Train ``config.task.model`` on ``config.backbone``; leave its scores, curves, and class maps."""
+    checkpoint = None
+    if config.resume is not None:
+        config, checkpoint = resumed(config, overrides)
+    check(config, overrides)
+    task = config.task
+    pl.seed_everything(config.seed, verbose=False)
+    encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
+    pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
+    data = load_data(config)
+    train, val = data.train, data.val
+    segmenter = build_segmenter(sized, encoder, len(train.map_classes))
+    optim = built(task.optim, "task.optim", Optim, batch_size=data.batch_size)
+    module = Segmentation(segmenter, optim, task.clip, task.size if STRENGTHS[task.augment].of_crop else None)
+    module.seed = config.seed
+    inference = {"scales": list(task.scales), "flip": task.flip}
+    evaluate = Evaluate(lambda trained: looked(trained, val, **inference), task.every_epochs)
+    on = device(config)
+    leave_cores_to_views(on[0], config)
+    named = f"task.model={task.model} on backbone={config.backbone}"
+    state = read_checkpoint(checkpoint, module, named) if checkpoint else None
+    run_dir = started(config, overrides)
+    console.print(f"{task.model} on {config.backbone}: {len(train)} images of {train.name}, {on[1]}, {run_dir}")
+
+    rows = CsvLog(run_dir / "metrics.csv")
+    if config.resume:
+        rows.forget_after(state["global_step"] if state else 0)
+    metrics = Metrics(config.monitor.log_every)
+    bar = Bar(metrics, evaluate, shown=("mIoU", "miou"))
+    trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
+    if not trainer.is_global_zero:
+        return {}
+
+    title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
+    curves(rows.rows, run_dir / "curves.png", title)
+    module.to(trainer.strategy.root_device)  # the trainer has taken it from there
+    if task.save_maps:
+        write_maps(run_dir / "maps", val, drawn(module, val, range(len(val)), **inference))
+    shown = some_rows(val)
+    predictions(run_dir / "predictions.png", val, shown, list(drawn(module, val, shown, **inference)), title)
+    summary = {
+        "task": "segment",
+        "method": encoder.metadata["method"],
+        "data": train.name,
+        "model": task.model,
+        **evaluate.values,
+        "classes": len(train.map_classes),
+        "loss": metrics.loss,
+        "steps": trainer.global_step,
+        "epochs": data.loader.position / len(data.loader),
+        "seconds": metrics.seconds,
+        "images_seen": trainer.global_step * data.batch_size,
+        "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
+        "train_images": len(train),
+        "val_images": len(val),
+        "skipped_images": len(data.skipped),
+        "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
+        "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
+        "precision": on[1],
+        "world_size": trainer.world_size,
+        "backbone": str(config.backbone),
+        "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),
+        **provenance(config, overrides),
+    }
+    write_summary(run_dir, summary)
+    tell_skipped(data.skipped)
+    report(summary, run_dir)
+    return summary
+
+
+def check(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse, by UserError, settings that mean nothing here."""
+    task = config.task
+    for override in overrides:
+        if override.startswith(("optim.", "views=", "views.")):
+            raise UserError(f"{override} is pretraining's; for task=segment type task.optim.* or task.augment")
+    if config.data.label_list is not None:
+        raise UserError("data.label_list names images to classify; for task=segment set data.label_fraction instead")
+    if config.trainer.accumulate_grad_batches != 1:
+        raise UserError("task=segment does not accumulate gradients: set trainer.accumulate_grad_batches=1")
+    if not task.scales or not all(0 < scale <= 8 for scale in task.scales):
+        raise UserError(f"task.scales={list(task.scales)} are no scales; list one or more above 0 and up to 8")
+    pooled = task.model == "deeplabv3" or (task.model == "nas_fpn" and task.norm == "batch")
+    if pooled and config.data.batch_size < 2:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} leaves task.model={task.model} with BatchNorms of one value;"
+            " set data.batch_size to 2 or more"
+        )
+
+
+def load_data(config: DictConfig) -> Boxes:
+    """Batches as ``config`` asks for them, and the held-out set.
+
+    Raises:
+        UserError: if these data have no class maps.
+    """
+    train, val = load_maps(plain(config.data), config.seed)
+    task, data = config.task, config.data
+    example = map_example(train, task.augment, task.size, config.seed)
+    return Boxes(train, val, example, data.batch_size, seed=config.seed, workers=data.workers, on_error=data.on_error)
+
+
+def build_segmenter(config: DictConfig, encoder: Encoder, classes: int) -> Segmenter:
+    """``config.task.model`` on ``encoder``, after a look at whether the two get along.
+
+    What class maps do not need, e.g. a ViT's last norm, is not trained: ranks would wait for its gradient.
+
+    Raises:
+        UserError: if they do not.
+    """
+    task, data = plain(config.task), config.data
+    settings = {key: task[key] for key in BUILT}
+    segmenter = segmenters.build(task["model"], encoder, classes, list(data.mean), list(data.std), **settings)
+    weight = next(encoder.parameters())
+    segmenter.to(weight.device).eval()
+    square = torch.zeros(1, 3, task["size"], task["size"], device=weight.device, dtype=weight.dtype)
+    try:
+        scores = segmenter(square)
+    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
+        says = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"backbone={config.backbone} gives no maps of images of {task['size']} pixels ({says});"
+            " take another backbone or task.size"
+        ) from error
+    scores.sum().backward()
+    for p in segmenter.encoder.parameters():
+        if p.grad is None:
+            p.requires_grad_(False)
+    segmenter.zero_grad()
+    return segmenter
+
+
+def report(summary: dict, run_dir: Path) -> None:
+    """The lines a segmentation run ends with."""
+    known = {name: value for name, value in summary["iou"].items() if value is not None}
+    worst, best = min(known, key=known.get), max(known, key=known.get)
+    console.print(
+        f"mIoU {100 * summary['miou']:.1f}, pixel accuracy {100 * summary['pixel_accuracy']:.1f}"
+        f" ({summary['val_images']} held-out images of {summary['data']});"
+        f" from {worst} {100 * known[worst]:.1f} to {best} {100 * known[best]:.1f}"
+    )
+    written = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
+    console.print(f"{summary['steps']} steps in {summary['seconds']:.0f} s -> {run_dir}: {written}")
