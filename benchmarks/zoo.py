@@ -19,13 +19,11 @@ from sslzoo.config import options
 COLUMNS = ("method", "raw pixels", "random init", "pretrained", "gain", "seconds", "images/s", "peak MB", "seeds")
 
 
-def finished(runs: Path, method: str, seed: str, overrides: list[str]) -> dict | None:
-    """The summary of one run, made now if it is not there; None where the run failed."""
-    run_dir = runs / method / seed
+def finished(run_dir: Path, *typed: str) -> dict | None:
+    """The summary of the run that ``typed`` makes in ``run_dir``, made now if not there; None where the run failed."""
     if not (run_dir / "summary.json").is_file():
         again = [f"resume={run_dir}"] if (run_dir / "config.yaml").is_file() else []
-        fresh = [f"method={method}", f"seed={seed}", f"run_dir={run_dir}", *overrides]
-        subprocess.run([sys.executable, "-m", "sslzoo", *(again or fresh)])
+        subprocess.run([sys.executable, "-m", "sslzoo", *(again or [*typed, f"run_dir={run_dir}"])])
     path = run_dir / "summary.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -62,7 +60,10 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1)]
     for method in arguments.methods.split(","):
-        runs = [finished(arguments.runs, method, seed, overrides) for seed in arguments.seeds.split(",")]
+        runs = [
+            finished(arguments.runs / method / seed, f"method={method}", f"seed={seed}", *overrides)
+            for seed in arguments.seeds.split(",")
+        ]
         lines.append(row(method, [summary for summary in runs if summary]))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     arguments.runs.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """Features on disk: found again, never out of date, whole or not there."""
 
 import os
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ import torch
 
 from runs import Flaky, Pixels, image_set
 from sslzoo.downstream import cache as module
+from sslzoo.downstream import features as feature_module
 from sslzoo.downstream.cache import Cache, cache_folder, weights_hash
 from sslzoo.downstream.features import features, unit
+from sslzoo.downstream.logistic import Head, Rows, hits, logistic
 from sslzoo.errors import UserError
+from sslzoo.tasks.knn import vote
 from sslzoo.views import Clean
 
 
@@ -54,6 +59,63 @@ def test_large_features_are_mapped_and_equal(tmp_path, encoder, limit_mb):
         found = cache.features(encoder, images, Clean(8))[0]["last"]
         assert isinstance(found, np.memmap) == (limit_mb == 0)
         np.testing.assert_array_equal(unit(found), features(encoder, images, Clean(8))[0])
+
+
+def own_memory() -> float:
+    """MB of this process's own memory, without what is mapped from files."""
+    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(told["RssAnon"].split()[0]) / 1024
+
+
+class Peak:
+    """The most own memory that was added within a ``with``, in MB, looked at every millisecond."""
+
+    def __enter__(self):
+        self.start, self.added, self.over = own_memory(), 0.0, threading.Event()
+        self.watch = threading.Thread(target=self.look)
+        self.watch.start()
+        return self
+
+    def look(self):
+        while not self.over.wait(0.001):
+            self.added = max(self.added, own_memory() - self.start)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.watch.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_features_on_disk_are_evaluated_without_being_brought_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_module, "PART", 2**18)  # 1 MB
+    n, dim, rng = 48_000, 512, np.random.default_rng(0)
+    labels = np.arange(n) % 3
+    z = np.lib.format.open_memmap(tmp_path / "features.npy", mode="w+", dtype=np.float32, shape=(n, dim))
+    for start in range(0, n, 4000):
+        z[start : start + 4000] = rng.standard_normal((4000, dim), np.float32) + labels[start : start + 4000, None]
+    z.flush()
+    np.save(tmp_path / "rows.npy", np.arange(n))
+    bank, rows = Cache(tmp_path, limit_mb=1)._read(tmp_path)
+    assert isinstance(bank, np.memmap)
+    queries, truth = np.array(bank[:30]) + 0.1, labels[:30]
+    size = bank.nbytes / 2**20
+    work = {
+        "knn": lambda: vote(bank, labels[rows], queries, truth, [1, 20], [0.07]),
+        "moments": lambda: Rows(bank, labels).moments(),
+        "logistic": lambda: logistic(Rows(bank, labels, np.arange(0, n, 2)), 3, [1e-2], steps=1),
+        "hits": lambda: hits(Head(torch.zeros(dim, 3), torch.zeros(3)), Rows(bank, labels)),
+    }
+    vote(queries, truth, queries, truth, [1], [0.07])  # compiled, and its threads made, before it is measured
+    added = {}
+    for name, each in work.items():
+        with Peak() as peak:
+            each()
+        added[name] = peak.added
+    assert max(added.values()) < size / 3, added
+    with Peak() as peak:
+        copy = np.array(bank)
+    assert copy.nbytes == bank.nbytes
+    assert peak.added > 0.9 * size  # a copy would have been noticed
 
 
 def changed_weights(encoder, images, clean):

@@ -6,6 +6,7 @@ import torch
 
 from runs import Pixels, image_set
 from sslzoo.blocks import Encoder, LabEncoder, PatchEncoder
+from sslzoo.downstream import features as module
 from sslzoo.downstream.features import check_size, feature_std, features, layers, rank_me, raw_pixels, unit, unit_parts
 from sslzoo.errors import UserError
 from sslzoo.views import Clean
@@ -104,10 +105,11 @@ def test_a_backbone_of_another_image_size_is_told_before_any_work():
         check_size(encoder, 20)
 
 
-def test_unit_rows_are_the_same_in_parts_and_leave_their_source():
+def test_unit_rows_are_the_same_in_parts_and_leave_their_source(monkeypatch):
     z = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
     before = z.copy()
-    np.testing.assert_array_equal(np.concatenate(list(unit_parts(z, 4))), unit(z))
+    monkeypatch.setattr(module, "PART", 4 * z.shape[1])
+    np.testing.assert_array_equal(np.concatenate(list(unit_parts(z))), unit(z))
     np.testing.assert_allclose(np.linalg.norm(unit(z), axis=1), 1, atol=1e-6)
     assert np.array_equal(z, before)
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from runs import Flaky, image_set, trainer
 from sslzoo.blocks import Encoder
 from sslzoo.data.module import Images
-from sslzoo.downstream import logistic as module
+from sslzoo.downstream import features as module
 from sslzoo.downstream.linear import Heads, HeadSGD, cached, held_out, outcome
 from sslzoo.downstream.logistic import Rows, hits, logistic, place
 from sslzoo.errors import UserError
@@ -37,7 +37,7 @@ def test_heads_are_those_of_scikit_learn(tmp_path, monkeypatch, mapped):
     if mapped:
         np.save(tmp_path / "z.npy", z)
         z = np.load(tmp_path / "z.npy", mmap_mode="r")
-    monkeypatch.setattr(module, "PART", 50)  # several parts
+    monkeypatch.setattr(module, "PART", 50 * z.shape[1])  # several parts
     strengths = [1e-3, 1.0, 1e-2]
     heads = logistic(Rows(z, labels), 4, strengths, steps=500)
     standard = (z - z.mean(0)) / z.std(0)

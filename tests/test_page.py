@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from finished import evaluated, pretrained
+from sslzoo.report.answer import sentence
 from sslzoo.report.embedding import Map
 from sslzoo.report.found import read
-from sslzoo.report.page import SECTIONS, Made, diagnosis, page, sentence
+from sslzoo.report.page import SECTIONS, Made, diagnosis, page
 from sslzoo.report.table import Cell, tabulate
 
 MADE = Made("python -m sslzoo task=compare runs=zoo", "zoo", "2026-01-02 03:04", {"sslzoo": "0.1.0"})

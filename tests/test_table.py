@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import statistics
 
@@ -308,13 +309,19 @@ def test_the_best_comes_first_and_baselines_last(tmp_path):
     assert table.best[table.columns[0]].mean == 0.7
 
 
-def test_less_is_better_where_a_score_says_so(tmp_path):
-    for method, nme in (("simclr", 0.2), ("moco", 0.1)):
+def test_of_keypoints_less_distance_is_better_and_settings_are_no_scores(tmp_path):
+    for method, nme, pck in (("simclr", 0.2, 0.7), ("moco", 0.125, 0.8)):
         run = pretrained(tmp_path / method, method)
-        evaluated(tmp_path / "e" / method, run, "keypoints", scores={"nme": nme})
+        scores = {"nme": nme, "pck": pck, "pck_at": 0.1, "scored_points": 60, "normalise": "box"}
+        evaluated(tmp_path / "e" / method, run, "keypoints", scores=scores, task__model="heatmap")
     table = table_of(tmp_path)
-    (column,) = [column for column in table.columns if column.score == "nme"]
-    assert table.best[column].mean == 0.1
+    columns = {column.score: column for column in table.columns if column.task == "keypoints"}
+    assert set(columns) == {"nme", "pck"}
+    assert table.best[columns["nme"]].mean == 0.125
+    assert table.best[columns["pck"]].mean == 0.8
+    text = markdown(table)
+    assert "| keypoints: NME, % (model=heatmap) | keypoints: PCK, % (model=heatmap) |" in text
+    assert re.search(r"\| moco .* 12.5 ± - \(1\) \| 80.0 ± - \(1\) \|", text)
 
 
 def test_detectors_are_scored_in_percent_of_precision(tmp_path):
@@ -323,8 +330,57 @@ def test_detectors_are_scored_in_percent_of_precision(tmp_path):
         tmp_path / "e", run, "detect", scores={"map": 0.25, "map_50": 0.5, "boxes_per_image": 7.5, "map_75": None}
     )
     text = markdown(table_of(tmp_path))
-    assert "| detect: map, % | detect: map 50, % |" in text
+    assert "| detect: mAP, % | detect: mAP 50, % |" in text
     assert "| 25.0 ± - (1) | 50.0 ± - (1) |" in text
+
+
+def test_segmenters_are_scored_in_percent_of_overlap_and_models_are_kept_apart(tmp_path):
+    run = pretrained(tmp_path / "moco")
+    for model, miou in (("fcn", 0.3125), ("fpn", 0.5)):
+        scores = {"miou": miou, "pixel_accuracy": 0.9, "classes": 5, "iou": [0.1, 0.2]}
+        evaluated(tmp_path / "e" / model, run, "segment", scores=scores, task__model=model)
+    text = markdown(table_of(tmp_path))
+    for model, miou in (("fcn", "31.2"), ("fpn", "50.0")):
+        assert f"segment: mIoU, % (model={model})" in text
+        assert f"| {miou} ± - (1) |" in text
+    assert "segment: pixel accuracy, %" in text
+
+
+def selftrained(folder, init, student=0.4, seed=0, **changes):
+    """A run of task=selftrain with the runs of teacher, student and control in it."""
+    scores = {"of": "detect", "init": str(init), "map": student, "label_fraction": 1.0, "gain_at_equal_steps": -0.05}
+    run = evaluated(folder, "-", "selftrain", seed, scores=scores, **{"augment": "s1", **changes})
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["backbone"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    for part in ("teacher", "student", "control"):
+        evaluated(folder / part, "random", "detect", seed, scores={"map": 0.9})
+    (folder / "pseudo").mkdir()
+    (folder / "pseudo" / "summary.json").write_text(json.dumps({"threshold": 0.5, "images": 3}))
+    return run
+
+
+def test_self_training_is_one_score_of_its_start_and_its_parts_are_no_runs(tmp_path):
+    run = pretrained(tmp_path / "moco")
+    selftrained(tmp_path / "s" / "moco", run / "backbone.safetensors", 0.4)
+    selftrained(tmp_path / "s" / "more", run / "backbone.safetensors", 0.6, augment="s4")
+    selftrained(tmp_path / "s" / "random", "random", 0.3)
+    unfinished = selftrained(tmp_path / "s" / "cut", "random", 0.3)
+    (unfinished / "summary.json").unlink()
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "summary.json").write_text(json.dumps({"task": "selftrain", "grid": "augment", "cells": {}}))
+    found = read(tmp_path)
+    assert {run.task for run in found.runs} == {"pretrain", "selftrain"}
+    assert not found.broken
+    table = tabulate(found.runs)
+    rows = {row.name: row for row in table.rows}
+    maps = {dict(c.settings)["augment"]: c for c in table.columns if (c.task, c.score) == ("selftrain", "map")}
+    assert {augment: rows["moco"].cells[c].mean for augment, c in maps.items()} == {"s1": 0.4, "s4": 0.6}
+    assert rows["random init"].cells[maps["s1"]].mean == 0.3
+    text = markdown(table)
+    assert "| selftrain: gain at equal steps, % (augment=s1" in text
+    assert "| -5.0 ± - (1) |" in text
+    assert "selftrain: mAP, % (augment=s4" in text
 
 
 def test_random_starts_of_other_encoders_are_other_baselines(tmp_path):

@@ -2,13 +2,14 @@
 
 A product in bfloat16 tells every similarity up to a known error. Few rows of the bank can be among the k nearest within
 that error; their similarities are computed in float64, and these decide. So the result is that of a search in float64,
-whatever the product's precision, and does not depend on blocks, parts or threads.
+and does not depend on blocks, parts or threads. Where the hardware does not compute in bfloat16, faiss searches.
 """
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import faiss
 import numpy as np
 import torch
 from numba import njit
@@ -18,6 +19,7 @@ from sslzoo.errors import UserError
 
 QUERIES, BANK = 256, 65536  # sides of the block of similarities that is made at a time, 96 MB
 GROUP = 32  # rows of the bank that are looked at together
+NOT_FINITE = "the backbone gives features that are not finite (NaN or inf); it was not trained well"
 ROUNDING = 2.0**-8  # of a bfloat16 product when it is written: one unit in the last place, twice what rounding makes
 
 
@@ -30,7 +32,7 @@ class Rounded(NamedTuple):
     """Rows as the product takes them, and how far that is from what they are.
 
     Attributes:
-        z: ``(n, D)``, bfloat16 or float32.
+        z: ``(n, D)`` bfloat16.
         norm: of each row before it was rounded, ``(n,)`` float32.
         lost: norm of what rounding took away, ``(n,)`` float32.
     """
@@ -43,13 +45,16 @@ class Rounded(NamedTuple):
 def neighbours(
     bank: np.ndarray | Iterable[np.ndarray], queries: np.ndarray, k: int, half: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest rows of ``bank`` by cosine similarity, as float64 has them; of equal ones the first in the bank.
+    """Nearest rows of ``bank`` by cosine similarity.
+
+    By products in bfloat16 they are those of float64, and of equal ones the first in the bank. By faiss they are those
+    of float32: rows as similar as its rounding may change places.
 
     Args:
         bank: unit rows, ``(N, D)``, or parts of them one after the other, where they do not fit into memory.
         queries: unit rows, ``(M, D)``.
         k: how many.
-        half: multiply in bfloat16; by default where the CPU is fast at it. The result is the same.
+        half: multiply in bfloat16 instead of asking faiss; by default where the CPU is fast at it.
 
     Returns:
         Similarities ``(M, k)`` float32, the largest first, and rows ``(M, k)`` int64.
@@ -59,13 +64,16 @@ def neighbours(
     """
     half = bfloat16_is_fast() if half is None else half
     queries = _single(queries)
-    asked = rounded(queries, torch.zeros(queries.shape[1]), half)
+    asked = rounded(queries, torch.zeros(queries.shape[1]))
     similarity, rows, size = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64), 0
     for part in [bank] if isinstance(bank, np.ndarray) else bank:
         for start in range(0, len(part), BANK):
             known = _single(part[start : start + BANK])
             least = similarity[:, -1] if size >= k else np.full(len(queries), -np.inf)
-            found, of_part = _nearest(known, queries, asked, min(k, len(known)), half, least)
+            wanted = min(k, len(known))
+            found, of_part = (
+                _nearest(known, queries, asked, wanted, least) if half else _by_faiss(known, queries, wanted)
+            )
             similarity, rows = np.hstack([similarity, found]), np.hstack([rows, of_part + size])
             if size:
                 order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
@@ -80,13 +88,13 @@ def _single(rows: np.ndarray) -> np.ndarray:
     return np.require(rows, np.float32, ["C", "W"])
 
 
-def rounded(rows: np.ndarray, centre: Tensor, half: bool) -> Rounded:
+def rounded(rows: np.ndarray, centre: Tensor) -> Rounded:
     """``rows`` (n, D) less ``centre`` (D,), for the product; 2,048 at a time, while they are in the cache.
 
     Raises:
         UserError: if a row is not finite.
     """
-    z = torch.empty(rows.shape, dtype=torch.bfloat16 if half else torch.float32)
+    z = torch.empty(rows.shape, dtype=torch.bfloat16)
     norm, lost = torch.empty(len(rows)), torch.empty(len(rows))
     for start in range(0, len(rows), 2048):
         part = slice(start, start + 2048)
@@ -94,14 +102,23 @@ def rounded(rows: np.ndarray, centre: Tensor, half: bool) -> Rounded:
         norm[part] = centred.norm(dim=1)
         lost[part] = centred.sub_(z[part].copy_(centred)).norm(dim=1)
     if not norm.isfinite().all():
-        raise UserError("the backbone gives features that are not finite (NaN or inf); it was not trained well")
+        raise UserError(NOT_FINITE)
     return Rounded(z, norm, lost)
 
 
+def _by_faiss(bank: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities ``(M, k)`` and rows in one part of the bank; of those that are equally similar the first first."""
+    if not np.isfinite(bank).all():
+        raise UserError(NOT_FINITE)
+    similarity, rows = faiss.knn(queries, bank, k, metric=faiss.METRIC_INNER_PRODUCT)
+    order = np.lexsort((rows, -similarity))
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(rows, order, 1)
+
+
 def _nearest(
-    bank: np.ndarray, queries: np.ndarray, asked: Rounded, k: int, half: bool, least: np.ndarray
+    bank: np.ndarray, queries: np.ndarray, asked: Rounded, k: int, least: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same in one part of the bank, (N, D); similarities ``(M, k)`` are float64.
+    """The k nearest rows in one part of the bank, (N, D); similarities ``(M, k)`` are float64.
 
     Rows less similar than ``least`` (M,) are not looked for; where fewer than k remain, similarities are -inf.
 
@@ -111,7 +128,7 @@ def _nearest(
     """
     n, dim = bank.shape
     centre = torch.from_numpy(bank).mean(0)
-    known = rounded(bank, centre, half)
+    known = rounded(bank, centre)
     floor = least - (torch.from_numpy(queries).double() @ centre.double()).numpy() - 1e-12 * asked.norm.numpy()
     sums = 2 * dim * 2.0**-24  # n u (Higham 2002, sec. 3.1), twice, for units that round otherwise than to the nearest
     size = max(1, min(GROUP, n // (4 * k)))
@@ -121,20 +138,19 @@ def _nearest(
     )
     asked_lost, asked_norm = (asked.lost + 2.0**-23 * asked.norm).numpy(), (asked.norm + asked.lost).numpy()
     similarity, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-    block, single = torch.empty(QUERIES * n, dtype=known.z.dtype), torch.empty(QUERIES * n if half else 0)
+    block, single = torch.empty(QUERIES * n, dtype=known.z.dtype), torch.empty(QUERIES * n)
     workers = torch.get_num_threads()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(queries), QUERIES):
             x = asked.z[start : start + QUERIES]
-            scores = torch.mm(x, known.z.T, out=block[: len(x) * n].view(len(x), n))
-            if half:
-                scores = single[: len(x) * n].view(len(x), n).copy_(scores)
+            product = torch.mm(x, known.z.T, out=block[: len(x) * n].view(len(x), n))
+            scores = single[: len(x) * n].view(len(x), n).copy_(product)
             part = slice(start, start + len(x))
             errors = np.outer(asked_lost[part], norm) + np.outer(asked_norm[part], lost)
             errors = (1.01 * errors + 1e-30).astype(np.float32)  # the norms were rounded as well
             columns = scores.numpy(), errors, floor[part], queries[part], similarity[part], rows[part]
             shares = zip(*(np.array_split(column, workers) for column in columns), strict=True)
-            list(pool.map(lambda share: _decide(*share, bank, size, k, ROUNDING if half else 0.0), shares))
+            list(pool.map(lambda share: _decide(*share, bank, size, k, ROUNDING), shares))
     return similarity, rows
 
 

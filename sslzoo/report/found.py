@@ -19,7 +19,7 @@ from sslzoo.report.csv_log import read_rows
 # Numbers in a summary that are no scores, by the ending of their names.
 NO_SCORE = (
     *("seconds", "images_per_second", "epochs", "loss", "lr", "feature_std", "rank_me", "_mb", "temperature"),
-    *("decay", "weight", "fraction", "momentum", "scale", "cost", "per_image"),
+    *("decay", "weight", "fraction", "momentum", "scale", "cost", "per_image", "pck_at"),
 )
 RAW, RANDOM = "_raw_pixels", "_random_init"  # endings of the baselines beside a score
 OF_LABELS = "data.label_"  # which labels are learned from; pretraining learns from none
@@ -59,7 +59,10 @@ class Run:
     @property
     def source(self) -> str:
         """The backbone that an evaluation speaks of: a path, ``random`` or ``timm/NAME``."""
-        return str(self.summary.get("initial_backbone", self.summary.get("backbone")))
+        told = next(
+            (self.summary[key] for key in ("initial_backbone", "backbone", "init") if key in self.summary), None
+        )
+        return str(self.config.get("imagenet", told) if told == "imagenet" else told)
 
     @property
     def source_folder(self) -> Path:
@@ -87,7 +90,7 @@ class Run:
     @property
     def root(self) -> dict[str, object]:
         """Where the images are, for sets that are told apart by nothing else."""
-        needs = self.config.get("data.name") in ("folder", "imagenet", "npz", "coco", "voc")
+        needs = self.config.get("data.name") in ("folder", "imagenet", "npz", "coco", "voc", "cityscapes", "faces")
         return {"data.root": self.config.get("data.root")} if needs else {}
 
     @cached_property
@@ -135,6 +138,7 @@ def read(where: str | Path | None) -> Found:
     if not tops and not Path(pattern).is_dir():
         raise UserError(f"runs={where} is no folder; give one that holds runs, or a pattern in quotes")
     folders = sorted({path.parent for top in tops or [Path(pattern)] for path in _below(top)})
+    folders = [folder for folder in folders if not _is_selftraining(folder.parent)]  # teachers and students: its parts
     runs, broken, unfinished = [], [], []
     for folder in folders:
         if not (folder / "summary.json").is_file():
@@ -145,7 +149,7 @@ def read(where: str | Path | None) -> Found:
         except UserError as error:
             broken.append(str(error))
             continue
-        if run.task != "compare":
+        if run.task != "compare" and "grid" not in run.summary:  # tables of other runs
             runs.append(run)
     if not runs:
         also = f"; {len(unfinished)} without one, e.g. {unfinished[0]}: not finished" if unfinished else ""
@@ -157,6 +161,14 @@ def _below(top: Path) -> Iterable[Path]:
     if top.is_file():
         return [top] if top.name == "summary.json" else []
     return [path for name in ("summary.json", "config.yaml") for path in top.rglob(name)]
+
+
+def _is_selftraining(folder: Path) -> bool:
+    """Whether ``folder`` is a run of task=selftrain, finished or not."""
+    try:
+        return OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "task.name") == "selftrain"
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
+        return False
 
 
 def _is_training(folder: Path) -> bool:
@@ -174,7 +186,8 @@ def read_run(folder: Path) -> Run:
         summary = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, or make the run again") from error
-    if not isinstance(summary, dict) or not all(isinstance(summary.get(key), str) for key in ("task", "method")):
+    needed = ("task", "grid") if isinstance(summary, dict) and "grid" in summary else ("task", "method")
+    if not isinstance(summary, dict) or not all(isinstance(summary.get(key), str) for key in needed):
         raise UserError(f"{path} names no task and method, so sslzoo did not write it; move it out of the folder")
     try:
         config = keys_of(OmegaConf.load(folder / "config.yaml"))

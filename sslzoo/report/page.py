@@ -1,15 +1,16 @@
 """``report.html``: one file that shows which pretraining pays, and why to believe it; it opens without a network."""
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from sslzoo.monitor import Watch
+from sslzoo.report import markup
+from sslzoo.report.answer import answer
 from sslzoo.report.embedding import Map
 from sslzoo.report.found import Found, Run
-from sslzoo.report.plots import CLASSES, ORANGE, Dot, dots, panel, scatter
+from sslzoo.report.plots import CLASSES, ORANGE, panel, scatter
 from sslzoo.report.protocol import Column
 from sslzoo.report.table import LEGEND, Cell, Row, Table
 
@@ -26,7 +27,7 @@ SECTIONS = {
 }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 COSTS = (("epochs", "epochs", "{:.4g}"), ("seconds", "seconds", "{:.0f}"), ("images_per_second", "images/s", "{:.0f}"))
-PLOTS, GALLERIES = 6, 4  # that are shown at once
+GALLERIES = 4  # that are shown at once
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def page(table: Table, found: Found, maps: Sequence[Map], notes: Sequence[str], 
         made: where the page comes from.
     """
     bodies = {
-        "answer": _answer(table) + _missing(found),
+        "answer": answer(table) + _missing(found),
         "table": _tables(table),
         "curves": _curves(table),
         "neighbours": _neighbours(table),
@@ -59,7 +60,7 @@ def page(table: Table, found: Found, maps: Sequence[Map], notes: Sequence[str], 
         "diagnostics": _diagnostics(table, maps),
         "provenance": _provenance(found, made),
     }
-    title = f"{_plural(len({row.method for row in table.methods}), 'method')} on {_listed(table.sets)}"
+    title = f"{markup.plural(len({row.method for row in table.methods}), 'method')} on {markup.listed(table.sets)}"
     links = "".join(f'<a href="#{key}">{name}</a>' for key, name in SECTIONS.items())
     sections = "\n".join(
         f'<section id="{key}">{"" if key == "answer" else f"<h2>{name}</h2>"}{bodies[key]}</section>'
@@ -75,184 +76,34 @@ def page(table: Table, found: Found, maps: Sequence[Map], notes: Sequence[str], 
     )
 
 
-# Words and boxes
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" + ("" if count == 1 else "s")
-
-
-def _small(text: str) -> str:
-    return f'<p class="small">{text}</p>'
-
-
-def _note(lines: Iterable[str], head: str = "") -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="note">{head}<ul>{items}</ul></div>' if items else ""
-
-
-def _card(name: str, inside: str, small: str = "") -> str:
-    aside = f" <span>{escape(small)}</span>" if small else ""
-    return f'<div class="card"><h3>{escape(name)}{aside}</h3>{inside}</div>'
-
-
-def _grid(cards: Sequence[str], shown: int) -> str:
-    """Two columns; what is more than ``shown`` waits behind a line."""
-    first, more = "".join(cards[:shown]), "".join(cards[shown:])
-    rest = f'<details><summary>{len(cards) - shown} more</summary><div class="grid two">{more}</div></details>'
-    return (f'<div class="grid two">{first}</div>' if first else "") + (rest if more else "")
-
-
-def _image(png: bytes, alt: str, kind: str = "") -> str:
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f'<img class="{kind}" loading="lazy" alt="{escape(alt)}" src="{source}">'
-
-
-def _th(name: str, small: str = "", left: bool = False) -> str:
-    under = f"<small>{escape(small)}</small>" if small else ""
-    return f"<th{' class=l' if left else ''}><span>{escape(name)}</span>{under}</th>"
-
-
-def _html_table(heads: Sequence[str], lines: Sequence[str]) -> str:
-    head, body = f"<thead><tr>{''.join(heads)}</tr></thead>", f"<tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table>{head}{body}</table></div>'
-
-
-# The answer
-
-
-def _answer(table: Table) -> str:
-    parts = []
-    for data in table.sets:
-        rows, columns = table.on(data)
-        parts.append(f"<h3>{escape(data)}</h3>" if len(table.sets) > 1 else "")
-        parts.append(f'<p class="answer">{sentence(table, data)}</p>')
-        first = {(column.task, column.settings): column for column in reversed(columns)}  # top-1, not top-5 as well
-        lead, *more = [column for column in columns if column in first.values()]
-        parts.append(f'<div class="lead">{dot_plot(table, rows, lead, 940)}</div>{_small(_key(table, data))}')
-        plots = [dot_plot(table, rows, column, 540) for column in more]
-        parts.append(_grid(plots, PLOTS))
-    return "".join(parts)
-
-
 def _missing(found: Found) -> str:
     """What is not in the numbers."""
     unfinished = [f"{path}: not finished, it has no summary.json" for path in found.unfinished]
-    return _note([*unfinished, *found.broken], "Not counted:")
-
-
-def sentence(table: Table, data: str) -> str:
-    """The answer for one set in words (HTML), from the column that compares most methods."""
-    rows, columns = table.on(data)
-    column = columns[0]
-    if column not in table.best:
-        return "No trained method was measured here."
-    methods = [row for row in rows if not row.baseline and column in row.cells]
-    best = next(row for row in methods if row.cells[column] is table.best[column])
-    cell = best.cells[column]
-    spread = "" if cell.sd is None else f" ± {column.shown(cell.sd, cell.mean)}"
-    text = f"<b>{escape(best.name)}</b> {'leads' if len(methods) > 1 else 'has'}: {escape(column.name)}"
-    text += f" {column.shown(cell.mean)}{spread} {column.unit}".rstrip() + f" ({_plural(cell.seeds, 'seed')})"
-    bases = [(best.before.get(column), "its random start")]
-    bases += [(row.cells.get(column), row.name) for row in rows if row.baseline and row.method == "raw pixels"]
-    if column.unit:
-        gains = [f"{column.scale * (cell.mean - base.mean):+.1f} over {escape(name)}" for base, name in bases if base]
-        text += f", {_listed(gains)}" if gains else ""
-    others = [row for row in methods if row is not best]
-    near = [row.name for row in others if table.mark(row, column) == "~"]
-    unknown = sum(table.mark(row, column) == "?" for row in others)
-    text += "."
-    if near:
-        text += f" Within two standard errors of it: {escape(_listed(near))}."
-    if unknown and unknown == len(others):
-        text += " One seed does not tell a method from luck: run more, <code>-m seed=0,1,2</code>."
-    elif unknown:
-        text += f" {_plural(unknown, 'other')} of one seed cannot be told apart from luck."
-    elif others and not near:
-        text += " All others are more than two standard errors behind."
-    return text
-
-
-def dot_plot(table: Table, rows: Sequence[Row], column: Column, width: int = 760) -> str:
-    """One column as a figure (HTML): methods from the best to the worst, their random starts, the baselines."""
-    rows = [row for row in rows if column in row.cells]
-    rows.sort(key=lambda row: row.cells[column].mean * (1 if column.lower else -1))
-    methods = [row for row in rows if not row.baseline]
-    begun = any(column in row.before for row in methods)
-    lines = {
-        row.name: column.scale * row.cells[column].mean
-        for row in rows
-        if row.baseline and not (begun and row.method == "random init")
-    }
-    drawing = dots(
-        [_dot(table, row, column) for row in methods], f"{column.name} on {column.data}", lines, column.unit, width
-    )
-    caption = f"<b>{escape(column.title)}</b>, {escape(table.protocols[column])}".removesuffix(", ")
-    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
-
-
-def _key(table: Table, data: str) -> str:
-    """What the marks in the plots of one set mean."""
-    rows, columns = table.on(data)
-    cells = [row.cells[column] for row in rows if not row.baseline for column in columns if column in row.cells]
-    told = []
-    if any(row.before for row in rows):
-        told.append(f'<span style="color:{ORANGE}">○</span> the same encoder at its random start.')
-    if any(cell.sd is not None for cell in cells):
-        told.append("Bars: ± one standard deviation over seeds, the small dots.")
-    if any(cell.interval for cell in cells):
-        told.append("Bars of one seed: its 95 % interval over held-out images.")
-    if any(cell.against(table.best[c]) == "~" for c in table.best for row in rows if (cell := row.cells.get(c))):
-        told.append("~: within two standard errors of the best.")
-    return " ".join(told)
-
-
-def _dot(table: Table, row: Row, column: Column) -> Dot:
-    cell, before, scale = row.cells[column], row.before.get(column), column.scale
-    bar = cell.interval if cell.sd is None else (cell.mean - cell.sd, cell.mean + cell.sd)
-    spread = "" if cell.sd is None else f" ± {column.shown(cell.sd, cell.mean)}"
-    near = " ~" if table.mark(row, column) == "~" else ""
-    return Dot(
-        row.name,
-        f"{column.shown(cell.mean)}{spread}{near}",
-        scale * cell.mean,
-        (scale * bar[0], scale * bar[1]) if bar else None,
-        [scale * value for value in cell.values],
-        scale * before.mean if before else None,
-        cell is table.best.get(column),
-    )
+    return markup.note([*unfinished, *found.broken], "Not counted:")
 
 
 # The table
 
 
 def _tables(table: Table) -> str:
-    parts = [_small(escape(LEGEND).replace("`~`", "<b>~</b>").replace("`?`", "<b>?</b>"))]
+    parts = [markup.small(escape(LEGEND).replace("`~`", "<b>~</b>").replace("`?`", "<b>?</b>"))]
     for data in table.sets:
         rows, columns = table.on(data)
         costs = [cost for cost in COSTS if any(row.spent(cost[0]) is not None for row in rows)]
-        heads = [_th("method", left=True)]
-        heads += [_th(column.title, table.protocols[column]) for column in columns]
-        heads += [_th(name) for _, name, _ in costs]
-        heads += [_th("seeds"), _th("config", left=True), _th("versions", left=True)]
+        heads = [markup.th("method", left=True)]
+        heads += [markup.th(column.title, table.protocols[column]) for column in columns]
+        heads += [markup.th(name) for _, name, _ in costs]
+        heads += [markup.th("seeds"), markup.th("config", left=True), markup.th("versions", left=True)]
         lines = []
         for row in rows:
             cells = [f"<td>{escape(row.name)}</td>", *(_cell(table, row, column) for column in columns)]
-            cells += [_number(row.spent(key), form) for key, _, form in costs]
+            cells += [markup.number(row.spent(key), form) for key, _, form in costs]
             cells += [f"<td>{row.seeds}</td>", f'<td class="l"><code>{escape(row.hash)}</code></td>']
             cells.append(f'<td class="l"><small>{escape(row.versions)}</small></td>')
             lines.append(f"<tr{' class=base' if row.baseline else ''}>{''.join(cells)}</tr>")
         name = f"<h3>{escape(data)}</h3>" if len(table.sets) > 1 else ""
-        parts.append(name + _html_table(heads, lines))
+        parts.append(name + markup.table(heads, lines))
     return "".join(parts)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "<td></td>" if value is None else f'<td data-v="{value}">{form.format(value)}</td>'
 
 
 def _cell(table: Table, row: Row, column: Column) -> str:
@@ -318,16 +169,16 @@ def _curves(table: Table) -> str:
             start = [(starts[row.name], ORANGE)] if row.name in starts else []
             plots = panel(knn[row.name], "kNN top-1, %", others, start, x_range, y_range)
             plots += panel(_lines(row, "loss"), "loss", x_range=x_range)
-            cards.append(_card(row.name, f'<div class="pair">{plots}</div>', _seeds(row)))
+            cards.append(markup.card(row.name, f'<div class="pair">{plots}</div>', _seeds(row)))
         name = f"<h3>{escape(data)}</h3>" if len(_trained(table)) > 1 else ""
         parts.append(f'{name}<div class="grid two">{"".join(cards)}</div>')
     if not parts:
-        return _small("No training run was read, only evaluations.")
+        return markup.small("No training run was read, only evaluations.")
     text = (
         "Blue: this method's seeds; gray: all others, on the same axes; dashed: its random start. The losses of"
         " different methods are different quantities, so each has its own axis."
     )
-    return _small(text) + "".join(parts)
+    return markup.small(text) + "".join(parts)
 
 
 def _neighbours(table: Table) -> str:
@@ -337,36 +188,42 @@ def _neighbours(table: Table) -> str:
         if run:
             alt = f"held-out images and their nearest training images, {row.name}"
             png = (run.folder / "neighbours.png").read_bytes()
-            cards.append(_card(row.name, _image(png, alt, "shot"), f"seed {run.seed}"))
+            cards.append(markup.card(row.name, markup.image(png, alt, "shot"), f"seed {run.seed}"))
     if not cards:
-        return _small("No run here has a neighbours.png: none has held-out images, or none was a training run.")
-    text = _small("Held-out images and their nearest training images. Green frame: the same class; red: another.")
-    return text + _grid(cards, GALLERIES)
+        return markup.small("No run here has a neighbours.png: none has held-out images, or none was a training run.")
+    text = markup.small("Held-out images and their nearest training images. Green frame: the same class; red: another.")
+    return text + markup.grid(cards, GALLERIES)
 
 
 def _maps(maps: Sequence[Map], notes: Sequence[str]) -> str:
     shown = [each for each in maps if len(each.points)]
     if not shown:
-        return _note(notes or ["no training run whose backbone could be opened"])
+        return markup.note(notes or ["no training run whose backbone could be opened"])
     classes = {label: name for each in shown for label, name in each.classes.items()}
     keys = "".join(
         f'<span><i style="background:{CLASSES[label % len(CLASSES)]}"></i>{escape(name)}</span>'
         for label, name in sorted(classes.items())
     )
-    cards = "".join(_card(each.name, scatter(each.points, each.labels, f"map of {each.name}")) for each in shown)
+    cards = "".join(markup.card(each.name, scatter(each.points, each.labels, f"map of {each.name}")) for each in shown)
     text = (
         f"t-SNE of {len(shown[0].points)} held-out images, coloured by class. What is near here is near in feature"
         " space; sizes of clusters and distances between them mean nothing."
     )
-    return f'{_small(text)}<div class="keys">{keys}</div><div class="grid three">{cards}</div>{_note(notes)}'
+    return (
+        f'{markup.small(text)}<div class="keys">{keys}</div><div class="grid three">{cards}</div>{markup.note(notes)}'
+    )
 
 
 def _attention(maps: Sequence[Map]) -> str:
-    cards = [_card(each.name, _image(each.attention, f"attention of {each.name}")) for each in maps if each.attention]
+    cards = [
+        markup.card(each.name, markup.image(each.attention, f"attention of {each.name}"))
+        for each in maps
+        if each.attention
+    ]
     if not cards:
-        return _small("No backbone that was opened is a Vision Transformer with a class token.")
+        return markup.small("No backbone that was opened is a Vision Transformer with a class token.")
     text = "Where the class token looks in the last block: the image, the mean over heads, then each head."
-    return f'{_small(text)}<div class="grid two">{"".join(cards)}</div>'
+    return f'{markup.small(text)}<div class="grid two">{"".join(cards)}</div>'
 
 
 # Diagnostics
@@ -375,9 +232,9 @@ def _attention(maps: Sequence[Map]) -> str:
 def _diagnostics(table: Table, maps: Sequence[Map]) -> str:
     rows = [row for rows in _trained(table).values() for row in rows]
     if not rows:
-        return _small("No training run was read, only evaluations.")
+        return markup.small("No training run was read, only evaluations.")
     names = ("spread", "rank", "kNN, %", "random start, %", "gain")
-    heads = [_th("method", left=True), *(_th(name) for name in names), _th("finding", left=True)]
+    heads = [markup.th("method", left=True), *(markup.th(name) for name in names), markup.th("finding", left=True)]
     lines = []
     for row in rows:
         knn, start = _own_knn(row)
@@ -386,7 +243,7 @@ def _diagnostics(table: Table, maps: Sequence[Map]) -> str:
         gain = None if after is None or before is None else after - before
         numbers = ((spread, "{:.2f}"), (rank, "{:.1f}"), (after, "{:.1f}"), (before, "{:.1f}"), (gain, "{:+.1f}"))
         finding, kind = diagnosis(spread, knn, start)
-        cells = [f"<td>{escape(row.name)}</td>", *(_number(value, form) for value, form in numbers)]
+        cells = [f"<td>{escape(row.name)}</td>", *(markup.number(value, form) for value, form in numbers)]
         lines.append(f'<tr>{"".join(cells)}<td class="l {kind}">{finding}</td></tr>')
     x_range = (0.0, max((x for row in rows for line in _lines(row, "rank_me") for x, _ in line), default=1.0))
     spectra = {each.name: [(i + 1.0, float(sigma)) for i, sigma in enumerate(each.spectrum)] for each in maps}
@@ -401,13 +258,13 @@ def _diagnostics(table: Table, maps: Sequence[Map]) -> str:
             others = [line for name, line in spectra.items() if name != row.name]
             ends = {"x_range": (1.0, widest), "y_range": (1e-4, 1.0), "x_name": "dimension"}
             plots += panel([spectra[row.name]], "spectrum", others, log=True, **ends, **size)
-        cards.append(_card(row.name, f'<div class="{"trio" if spectra else "pair"}">{plots}</div>', _seeds(row)))
+        cards.append(markup.card(row.name, f'<div class="{"trio" if spectra else "pair"}">{plots}</div>', _seeds(row)))
     text = (
         "Spread: 1 for features spread evenly over the sphere, 0 where all are one point. Rank: RankMe, how many"
         " dimensions are in use. Spectrum: singular values of the centred features of held-out images, as shares of the"
         " largest; one that drops at once has collapsed to few dimensions. Gray: the others."
     )
-    return f'{_small(text)}{_html_table(heads, lines)}<div class="grid two">{"".join(cards)}</div>'
+    return f'{markup.small(text)}{markup.table(heads, lines)}<div class="grid two">{"".join(cards)}</div>'
 
 
 def diagnosis(spread: float | None, knn: Cell | None, start: Cell | None) -> tuple[str, str]:
@@ -430,7 +287,7 @@ def diagnosis(spread: float | None, knn: Cell | None, start: Cell | None) -> tup
 
 def _provenance(found: Found, made: Made) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in made.versions.items())
-    heads = [_th(name, left=True) for name in ("run", "task", "method", "seed", "config", "command", "versions")]
+    heads = [markup.th(name, left=True) for name in ("run", "task", "method", "seed", "config", "command", "versions")]
     lines = []
     for run in found.runs:
         numbers = ", ".join(f"{name} {number}" for name, number in dict(run.summary.get("versions") or {}).items())
@@ -439,8 +296,9 @@ def _provenance(found: Found, made: Made) -> str:
         cells.append(f'<td class="l long"><code>{escape(str(run.summary.get("command", "-")))}</code></td>')
         cells.append(f'<td class="l wrap"><small>{escape(numbers)}</small></td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    text = f"{_plural(len(found.runs), 'run')}. A config hash here includes the seed, one in the table above does not."
+    count = markup.plural(len(found.runs), "run")
+    text = f"{count}. A config hash here includes the seed, one in the table above does not."
     return (
-        _small(f"Made {escape(made.when)} from {escape(made.runs)} with {escape(versions)} by")
-        + f"<p><code>{escape(made.command)}</code></p>{_small(text)}{_html_table(heads, lines)}"
+        markup.small(f"Made {escape(made.when)} from {escape(made.runs)} with {escape(versions)} by")
+        + f"<p><code>{escape(made.command)}</code></p>{markup.small(text)}{markup.table(heads, lines)}"
     )

@@ -1,6 +1,6 @@
 """Pictures of one run: its curves, and the nearest neighbours before and after."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from sslzoo.checkpoints.files import write_whole
 from sslzoo.data.images import ImageSet
-from sslzoo.downstream.knn import neighbours
+from sslzoo.downstream.search import neighbours
 
 matplotlib.use("Agg")
 
@@ -50,18 +50,35 @@ def draw_speed(axes: Axes, rows: list[dict]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def curves(rows: list[dict], path: str | Path, title: str, raw: float | None, random_init: float | None) -> Path:
-    """``curves.png``: loss, kNN accuracy with its baselines, speed."""
+def draw_shares(axes: Axes, rows: list[dict], lines: dict[str, tuple[str, str]], title: str) -> None:
+    """Scores from 0 to 1 over steps, in percent; ``lines`` is score -> its name and colour."""
+    for key, (name, colour) in lines.items():
+        steps = [(row["step"], 100 * row[key]) for row in rows if key in row]
+        if steps:
+            axes.plot(*zip(*steps, strict=True), color=colour, marker="o", markersize=3, label=name)
+    axes.set(title=title, xlabel="optimizer step")
+    axes.set_ylim(bottom=0)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def training_curves(rows: list[dict], path: str | Path, title: str, draw_score: Callable[[Axes], None]) -> Path:
+    """Three panels: the loss, what ``draw_score`` draws, the speed."""
     figure = Figure(figsize=(11, 3))
     axes = figure.subplots(1, 3)
     draw_loss(axes[0], rows)
-    draw_knn(axes[1], rows, raw, random_init)
+    draw_score(axes[1])
     draw_speed(axes[2], rows)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return save(figure, path)
+
+
+def curves(rows: list[dict], path: str | Path, title: str, raw: float | None, random_init: float | None) -> Path:
+    """``curves.png``: loss, kNN accuracy with its baselines, speed."""
+    return training_curves(rows, path, title, lambda axes: draw_knn(axes, rows, raw, random_init))
 
 
 def draw_neighbours(

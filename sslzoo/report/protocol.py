@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from sslzoo.report.found import Run
 
 LOWER = ("nme", "error", "perplexity")  # the scores of which less is better
-FRACTIONS = ("top1", "top5", "accuracy", "miou", "auc")  # endings of those shown in percent
-PRECISIONS = ("map", "mar")  # beginnings of those: COCO's
+FRACTIONS = ("top1", "top5", "accuracy", "miou", "auc", "nme", "pck")  # endings of those shown in percent
+PRECISIONS = (
+    "map",
+    "mar",
+    "mask_map",
+    "mask_mar",
+    "oks_map",
+    "oks_mar",
+    "gain",
+)  # beginnings of those, most are COCO's
+NAMES = {"knn": "kNN", "top1": "top-1", "top5": "top-5", "map": "mAP", "mar": "mAR", "miou": "mIoU", "nme": "NME",
+         "pck": "PCK", "oks": "OKS", "auc": "AUC"}  # fmt: skip
 
 # What a protocol is made of, beside task.* and data.*, for tasks that train; and what is no part of any.
 FITTED = ("trainer.max_", "trainer.accumulate_grad_batches", "data.batch_size")
@@ -16,7 +26,20 @@ NO_PROTOCOL = (
     *("task.name", "task.teacher", "task.cache", "task.grid_", "data.root", "data.batch_size", "data.workers"),
     *("data.mean", "data.std", "data.on_error", "data.memory_limit_mb", "data.download"),
 )
-ALWAYS_SHOWN = ("k", "temperature", "fraction", "label_fraction", "shots", "protocol")  # even if all agree
+ALWAYS_SHOWN = (
+    "k",
+    "temperature",
+    "fraction",
+    "label_fraction",
+    "shots",
+    "protocol",
+    "model",
+    "augment",
+)  # even if all agree
+SELFTRAINED = (  # settings of task=selftrain, which stand beside task.*
+    *("augment", "label_fraction", "threshold", "alpha", "iterations", "unlabelled_images", "self_training"),
+    *("steps", "growth", "longer", "warmup"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,7 @@ class Column:
     @property
     def name(self) -> str:
         """``linear_top1`` as ``linear top-1``, with the task where the score does not say it."""
-        words = self.score.replace("_", " ").replace("knn", "kNN").replace("top1", "top-1").replace("top5", "top-5")
+        words = " ".join(NAMES.get(word, word) for word in self.score.split("_"))
         return words if self.task in ("pretrain", self.score.partition("_")[0]) else f"{self.task}: {words}"
 
     @property
@@ -94,6 +117,8 @@ def _protocol(run: Run) -> dict[str, object]:
     kept = {key: value for key, value in config.items() if key.startswith(meant) and not key.startswith(NO_PROTOCOL)}
     if run.task not in ("pretrain", "knn"):
         kept |= {key: value for key, value in config.items() if key.startswith(FITTED)}
+    if run.task == "selftrain":
+        kept |= {key: value for key, value in config.items() if key.partition(".")[0] in SELFTRAINED}
     if "teacher" in run.summary:  # the student
         kept |= {key: value for key, value in config.items() if key.startswith("encoder.")}
     if "task.shots" in kept:

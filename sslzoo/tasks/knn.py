@@ -11,8 +11,9 @@ from rich.table import Table
 from sslzoo.downstream.cache import Cache, cache_folder, weights_hash
 from sslzoo.downstream.features import check_size, unit, unit_parts
 from sslzoo.downstream.interval import interval
-from sslzoo.downstream.knn import neighbours, ranks
+from sslzoo.downstream.knn import ranks
 from sslzoo.downstream.labels import labelled_images
+from sslzoo.downstream.search import neighbours
 from sslzoo.errors import UserError
 from sslzoo.monitor import shape
 from sslzoo.report.progress import console
@@ -90,8 +91,7 @@ def vote(
     temperatures: Sequence[float],
 ) -> dict[tuple[int, float], np.ndarray]:
     """Where the true class comes in each vote, ``{(k, T): (M,)}``, from one search; features of any length."""
-    parts = unit_parts(bank) if isinstance(bank, np.memmap) else unit(bank)
-    similarity, rows = neighbours(parts, unit(queries), max(ks))
+    similarity, rows = neighbours(unit_parts(bank), unit(queries), max(ks))
     places = ranks(similarity, bank_labels[rows], query_labels, ks, temperatures)
     return {(k, t): places[i, j] for i, k in enumerate(ks) for j, t in enumerate(temperatures)}
 
