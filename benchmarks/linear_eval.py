@@ -1,11 +1,11 @@
 """kNN and linear accuracy of many backbones, one row each, from features computed once.
 
-    python benchmarks/linear_eval.py --runs runs/zoo [--out runs/linear_eval] [key=value ...]
+    python benchmarks/linear_eval.py --runs runs/zoo [--seed 0] [--out runs/linear_eval] [key=value ...]
     python benchmarks/linear_eval.py --heads [--rounds 5]
 
-The first finds every backbone.safetensors below ``--runs``, adds an encoder at random and raw pixels, and runs
-``task=knn`` and ``task=linear`` (cached protocol, the last feature) on each; further overrides are passed on, e.g.
-``data=cifar10``. Each evaluation is kept below ``--out``, named by the weights and the overrides, and not repeated.
+The first finds every backbone.safetensors below ``--runs``, with ``--seed`` those in folders of that name, adds an
+encoder at random and raw pixels, and runs ``task=knn`` and ``task=linear`` (cached protocol, the last feature) on each;
+further overrides are passed on, e.g. ``data=cifar10``. Each evaluation is kept below ``--out``, named by the weights and the overrides, and not repeated.
 Prints a markdown table; intervals are 95 % bootstraps over the held-out images.
 
 The second times a training step of ``task=linear task.protocol=paper`` with one classifier and with 13 rates of two
@@ -42,9 +42,10 @@ from timing import Seconds, header, interleaved, median, ratio
 COLUMNS = ("backbone", "method", "kNN top-1", "linear top-1", "L2 strength", "seconds")
 
 
-def backbones(runs: Path) -> dict[str, str]:
+def backbones(runs: Path, seed: str = "*") -> dict[str, str]:
     """Label and ``backbone=`` of every run, e.g. ``moco/0``, and of the encoder at random."""
-    found = {"/".join(path.parent.parts[-2:]): str(path) for path in sorted(runs.glob("**/backbone.safetensors"))}
+    files = sorted(runs.glob(f"**/{seed}/backbone.safetensors"))
+    found = {"/".join(path.parent.parts[-2:]): str(path) for path in files}
     return {**found, "random": "random"}
 
 
@@ -178,6 +179,7 @@ def head_steps(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--seed", default="*")
     parser.add_argument("--out", type=Path, default=Path("runs/linear_eval"))
     parser.add_argument("--heads", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
@@ -186,7 +188,7 @@ def main() -> None:
     if arguments.heads:
         return head_steps(arguments.rounds)
     rows = []
-    for label, backbone in backbones(arguments.runs).items():
+    for label, backbone in backbones(arguments.runs, arguments.seed).items():
         rows.append(row(label, *evaluated(label, backbone, arguments.out, overrides)))
         console.print(" | ".join(rows[-1]), markup=False)
     rows.append(row("raw pixels", *raw_pixels(arguments.out, overrides)))
