@@ -5,8 +5,8 @@
 
 The first finds every backbone.safetensors below ``--runs``, with ``--seed`` those in folders of that name, adds an
 encoder at random and raw pixels, and runs ``task=knn`` and ``task=linear`` (cached protocol, the last feature) on each;
-further overrides are passed on, e.g. ``data=cifar10``. Each evaluation is kept below ``--out``, named by the weights and
-the overrides, and not repeated. Prints a markdown table; intervals are 95 % bootstraps over the held-out images.
+further overrides are passed on, e.g. ``data=cifar10``. Each evaluation is kept below ``--out``, named by weights and
+overrides, and not repeated. Prints a markdown table; intervals are 95 % bootstraps over the held-out images.
 
 The second times a training step of ``task=linear task.protocol=paper`` with one classifier and with 13 rates of two
 kinds of features and their twins, at the demo's size: CPU time, a ratio the median of the rounds' ratios.

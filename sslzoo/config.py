@@ -122,6 +122,7 @@ def keys_of(config: DictConfig) -> dict[str, object]:
 PLACE = (
     "trainer.devices", "trainer.accelerator", "trainer.num_nodes", "data.root", "data.workers", "data.on_error",
     "logger.", "monitor.", "checkpoint.", "resume", "run_dir", "backbone", "runs", "task.cache",
+    "self_training", "jobs", "cells",
 )  # fmt: skip
 
 
