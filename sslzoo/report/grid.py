@@ -1,0 +1,305 @@
+"""Many cells of pre-training and self-training as the paper's tables, and as its Figure 1 (Zoph et al. 2020)."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sslzoo.report.pictures import BLUE, GREEN, INK, ORANGE, RED, save
+from sslzoo.report.table import Cell
+
+SHARES = (0.25, 0.5)  # of the steps, at which the table is read beside their end
+NEAR = 0.1  # of the steps: a look farther from a share than this does not stand for it
+STRENGTHS = ("s1", "s2", "s3", "s4")
+
+
+def _published() -> dict[tuple[str, bool, str, float], float]:
+    """AP on COCO of EfficientNet-B7 RetinaNet, by init, self-training, augmentation and part of the labels."""
+    by_strength = {  # figure 1 left and table 2
+        ("random", False): (39.2, 41.5, 43.9, 44.3),
+        ("imagenet", False): (39.5, 40.7, 43.2, 43.3),
+        ("random", True): (40.9, 43.0, 45.4, 45.6),
+    }
+    by_fraction = {  # figure 1 right and table 3, with S4
+        ("random", False): (30.7, 39.6, 44.3),
+        ("random", True): (34.1, 41.4, 45.6),
+        ("imagenet", False): (33.3, 38.8, 43.3),
+        ("imagenet", True): (36.0, 40.5, 44.6),
+    }
+    found = {(*row, strength, 1.0): ap for row, line in by_strength.items() for strength, ap in zip(STRENGTHS, line,
+             strict=True)}  # fmt: skip
+    for row, line in by_fraction.items():
+        found |= {(*row, "s4", part): ap for part, ap in zip((0.2, 0.5, 1.0), line, strict=True)}
+    return found
+
+
+PUBLISHED = _published()
+PUBLISHED_RESNET50 = {  # table 4: ResNet-50, all labels, S4
+    ("random", False): 41.1,
+    ("imagenet", False): 40.4,
+    ("simclr", False): 40.4,
+    ("random", True): 41.9,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An initialisation, with self-training or without.
+
+    Attributes:
+        init: its name in the table.
+        self_training: whether a student was trained on pseudo-labels too.
+    """
+
+    init: str
+    self_training: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.init} + self-training" if self.self_training else self.init
+
+
+@dataclass(frozen=True)
+class Column:
+    """An augmentation and a part of the labels; ``name`` is what tells it from the others."""
+
+    name: str
+    augment: str
+    label_fraction: float
+
+
+@dataclass
+class Grid:
+    """What is known of a grid's cells; values are AP from 0 to 1.
+
+    Attributes:
+        kind: ``fraction``, ``augment`` or ``init``.
+        data: name of the set.
+        rows, columns: in the table's order.
+        scores: (row, column) -> AP by seed.
+        controls: of a row with self-training: AP of the labels alone, from as many images as the student saw.
+        runs: (row, column) -> what cells said of themselves: parts, pseudo-labels.
+        curves: (row, column) -> for each seed ``(step, of all steps, AP)`` along the run.
+    """
+
+    kind: str
+    data: str
+    rows: list[Row]
+    columns: list[Column]
+    scores: dict[tuple[Row, Column], Cell] = field(default_factory=dict)
+    controls: dict[tuple[Row, Column], Cell] = field(default_factory=dict)
+    runs: dict[tuple[Row, Column], list[dict]] = field(default_factory=dict)
+    curves: dict[tuple[Row, Column], list[list[tuple[int, int, float]]]] = field(default_factory=dict)
+
+    def reference(self, row: Row) -> Row | None:
+        """What a row is compared with, as the paper does.
+
+        Its Table 3 (``fraction``) compares self-training with the same init without it; Tables 2 and 4 (``augment``,
+        ``init``) compare every row with random init in the same column.
+        """
+        if self.kind == "fraction":
+            return Row(row.init) if row.self_training else None
+        return None if row == Row("random") else Row("random")
+
+    def published(self, row: Row, column: Column) -> float | None:
+        """The paper's AP in percent, where it has this cell."""
+        if self.kind == "init":
+            whole = (column.augment, column.label_fraction) == ("s4", 1.0)
+            return PUBLISHED_RESNET50.get((row.init, row.self_training)) if whole else None
+        return PUBLISHED.get((row.init, row.self_training, column.augment, column.label_fraction))
+
+
+def difference(cell: Cell, other: Cell) -> str:
+    """``+1.3``: by how much of 100 a cell is above another; ``~`` under two standard errors, ``?`` of one seed."""
+    delta = cell.mean - other.mean
+    errors = cell.standard_error, other.standard_error
+    mark = " ?" if None in errors else " ~" if abs(delta) < 2 * math.hypot(*errors) else ""
+    return f"{100 * delta:+.1f}{mark}"
+
+
+def value(cell: Cell) -> str:
+    """``64.3 ± 0.5 (3)``: mean, standard deviation, seeds; without the middle of one seed."""
+    spread = "" if cell.sd is None else f" ± {100 * cell.sd:.1f}"
+    return f"{100 * cell.mean:.1f}{spread} ({cell.seeds})"
+
+
+def along(curves: Sequence[Sequence[tuple[int, int, float]]], share: float) -> float | None:
+    """AP at the look nearest to ``share`` of the steps, the mean over seeds; None where a seed has no look near it."""
+    found = []
+    for looks in curves:
+        near = [look for look in looks if abs(look[0] - share * look[1]) <= NEAR * look[1]]
+        if not near:
+            return None
+        found.append(min(near, key=lambda look: abs(look[0] - share * look[1]))[2])
+    return statistics.fmean(found) if found else None
+
+
+# Tables
+
+
+def markdown(grid: Grid) -> str:
+    """``table.md``: the paper's form, what it cost, and the same earlier in the runs."""
+    parts = [f"## grid={grid.kind}, {grid.data}: AP in %\n", _table(grid), LEGENDS[grid.kind] + LEGEND]
+    if any(grid.runs.values()):
+        parts += ["## What the cells were made of\n", _made_of(grid)]
+    for share in SHARES:
+        lines = [
+            [row.name, *[_percent(along(grid.curves.get((row, column), []), share)) for column in grid.columns]]
+            for row in grid.rows
+        ]
+        if any(any(line[1:]) for line in lines):
+            parts += [f"## After about {share:.0%} of each cell's steps\n", _lines(["setup", *_names(grid)], lines)]
+    return "\n".join(parts)
+
+
+def _names(grid: Grid) -> list[str]:
+    return [column.name for column in grid.columns]
+
+
+def _percent(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.1f}"
+
+
+def _table(grid: Grid) -> str:
+    lines = []
+    for row in grid.rows:
+        base = grid.reference(row)
+        line, control, paper = [row.name], [f"{row.init}, control of as many images"], [f"*paper: {row.name}*"]
+        for column in grid.columns:
+            cell, other = grid.scores.get((row, column)), grid.scores.get((base, column)) if base else None
+            delta = f" ({difference(cell, other)})" if cell and other else ""
+            line.append(value(cell) + delta if cell else "failed")
+            alone = grid.controls.get((row, column))
+            control.append(f"{value(alone)} (student {difference(cell, alone)})" if cell and alone else "")
+            known, reference = grid.published(row, column), grid.published(base, column) if base else None
+            above = f" ({known - reference:+.1f})" if known is not None and reference is not None else ""
+            paper.append("" if known is None else f"*{known:.1f}{above}*")
+        lines += [each for each in (line, control, paper) if each is line or any(each[1:])]
+    if grid.kind == "fraction":
+        lines += _derived(grid)
+    return _lines(["setup", *_names(grid)], lines)
+
+
+def _derived(grid: Grid) -> list[list[str]]:
+    """What pre-training brings: each init against random, neither with self-training."""
+    lines = []
+    for init in dict.fromkeys(row.init for row in grid.rows if row.init != "random"):
+        line = [f"{init} - random"]
+        for column in grid.columns:
+            cells = [grid.scores.get((Row(name), column)) for name in (init, "random")]
+            line.append(difference(*cells) if None not in cells else "")
+        lines.append(line)
+    return lines
+
+
+def _lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines]) + "\n"
+
+
+COSTS = (
+    ("labelled images", lambda run: run["supervised"]["train_images"], "{:.0f}"),
+    ("steps, supervised", lambda run: run["supervised"]["steps"], "{:.0f}"),
+    ("steps, student", lambda run: run["student"]["steps"], "{:.0f}"),
+    ("images seen, supervised", lambda run: run["supervised"]["images_seen"], "{:.0f}"),
+    ("images seen, student", lambda run: run["student"]["images_seen"], "{:.0f}"),
+    ("images seen, control", lambda run: run["control"]["images_seen"], "{:.0f}"),
+    ("pseudo-boxes an image", lambda run: run["pseudo"]["boxes_per_image"], "{:.2f}"),
+    ("labelled boxes an image", lambda run: run["pseudo"]["labelled_boxes_per_image"], "{:.2f}"),
+    ("threshold", lambda run: run["pseudo"]["threshold"], "{:.2f}"),
+    ("images labelled", lambda run: run["pseudo"]["images"], "{:.0f}"),
+    ("images without a pseudo-box", lambda run: run["pseudo"]["empty"], "{:.0%}"),
+    ("precision of pseudo-boxes", lambda run: run["pseudo"]["precision"], "{:.2f}"),
+    ("recall of pseudo-boxes", lambda run: run["pseudo"]["recall"], "{:.2f}"),
+)
+
+
+def _made_of(grid: Grid) -> str:
+    lines = []
+    for row in grid.rows:
+        for name, of, form in COSTS:
+            line = [f"{row.name}: {name}"]
+            for column in grid.columns:
+                number = _mean(grid.runs.get((row, column), []), of)
+                line.append("" if number is None else form.format(number))
+            if any(line[1:]):
+                lines.append(line)
+    return _lines(["", *_names(grid)], lines)
+
+
+def _mean(runs: Sequence[dict], of) -> float | None:
+    found = []
+    for run in runs:
+        try:
+            found.append(of(run))
+        except KeyError:  # a cell without self-training, or labels that could not be judged
+            continue
+    return statistics.fmean(found) if found else None
+
+
+LEGENDS = {
+    "fraction": "In brackets: against the same init without self-training, as in the paper's Table 3.",
+    "augment": "In brackets: against random init in the same column, as in the paper's Table 2.",
+    "init": "In brackets: against random init, as in the paper's Table 4.",
+}
+LEGEND = (
+    " Mean ± standard deviation (seeds). `~`: under two standard errors; `?`: one seed, which cannot tell. Student and"
+    " supervised row have the same labelled images, start and optimizer steps; the student sees pseudo-labelled images"
+    " besides, so the control sees the labelled ones as often as the student sees all (the teacher's cost is on top)."
+    " In italics: the paper's numbers (COCO; EfficientNet-B7, or ResNet-50 by init), another model on other data.\n"
+)
+
+
+CSV = (
+    *("grid", "data", "setup", "init", "self_training", "column", "augment", "label_fraction", "seed", "part"),
+    *("step", "steps", "map"),
+)
+
+
+def csv_text(grid: Grid) -> str:
+    """``table.csv``: a line for each look at each cell, 0 to 1; a part's last is its score, a control has that one."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV)
+    for row in grid.rows:
+        for column in grid.columns:
+            about = (grid.kind, grid.data, row.name, row.init, row.self_training, column.name, column.augment,
+                     column.label_fraction)  # fmt: skip
+            seeds = list(grid.scores[row, column].by_seed) if (row, column) in grid.scores else []
+            for seed, looks in zip(seeds, grid.curves.get((row, column), []), strict=False):
+                part = "student" if row.self_training else "supervised"
+                writer.writerows((*about, seed, part, *look) for look in looks)
+            if (row, column) in grid.controls:
+                for seed, scores in grid.controls[row, column].by_seed.items():
+                    writer.writerow((*about, seed, "control", "", "", statistics.fmean(scores)))
+    return text.getvalue()
+
+
+def figure(grid: Grid, path: str | Path) -> Path:
+    """``figure.png``, in the form of the paper's Figure 1: AP over columns, a line a row, controls dotted."""
+    drawn = Figure(figsize=(1.3 * len(grid.columns) + 3.5, 3.6))
+    axes = drawn.subplots()
+    colours = dict(zip(dict.fromkeys(row.init for row in grid.rows), (BLUE, ORANGE, GREEN, RED, INK) * 3, strict=False))
+    for row in grid.rows:
+        for cells, style, marker, name in (
+            (grid.scores, *(("--", "s") if row.self_training else ("-", "o")), row.name),
+            (grid.controls, ":", "x", f"{row.init}, control"),
+        ):
+            found = [(k, cells[row, column]) for k, column in enumerate(grid.columns) if (row, column) in cells]
+            if found:
+                places, means = [k for k, _ in found], [100 * cell.mean for _, cell in found]
+                spread = [100 * (cell.sd or 0) for _, cell in found]
+                look = {"color": colours[row.init], "linestyle": style, "marker": marker, "markersize": 5, "capsize": 2}
+                axes.errorbar(places, means, spread, label=name, linewidth=1.4, **look)
+    axes.set_xticks(range(len(grid.columns)), _names(grid))
+    axes.set_xlim(-0.4, len(grid.columns) - 0.6)
+    wanted = {"fraction": "part of the labels", "augment": "augmentation", "init": ""}
+    axes.set(title=f"{grid.data}: pre-training and self-training", xlabel=wanted[grid.kind], ylabel="AP, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(drawn, path)

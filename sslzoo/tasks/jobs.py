@@ -1,0 +1,94 @@
+"""Runs beside each other, each a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from sslzoo.errors import UserError
+from sslzoo.monitor import Stopped
+
+
+def several_devices(config: DictConfig) -> bool:
+    """Whether a run of ``config`` takes more than one device."""
+    devices = config.trainer.devices
+    return torch.cuda.device_count() > 1 if devices == "auto" else devices not in (1, "1")
+
+
+def together(
+    commands: Mapping[str, Sequence[str]],
+    logs: Path,
+    jobs: int = 1,
+    tick: Callable[[Mapping[str, int | None]], None] = lambda codes: None,
+    every: float = 1.0,
+) -> dict[str, str]:
+    """Run ``python -m sslzoo`` with each of ``commands``, ``jobs`` at a time, in their order.
+
+    SIGTERM and SIGINT are passed on, so that runs write their checkpoints; then ``Stopped`` is raised.
+
+    Args:
+        commands: name -> words.
+        logs: folder of ``NAME.txt``, all that a run says; a later run's follows.
+        jobs: how many at a time; with more than one each has one thread.
+        tick: called every ``every`` seconds, and whenever a run has ended, with the exit codes of all that were
+            started, None of those that go on.
+
+    Returns:
+        name -> the last line of its log, of the runs that failed.
+
+    Raises:
+        UserError: if the only run fails.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running, codes = list(commands), {}, {}
+    asked: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in numbers}
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    try:
+        while (waiting or running) and not asked:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                with (logs / f"{name}.txt").open("a") as log:
+                    words = [sys.executable, "-m", "sslzoo", *commands[name]]
+                    running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=env)
+                codes[name] = None
+            ended = _wait(running, every, asked)
+            for name in ended:
+                codes[name] = running.pop(name).returncode
+            tick(codes)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Stopped(asked[0])
+    failed = {name: _last_line(logs / f"{name}.txt") for name, code in codes.items() if code}
+    if failed and len(commands) == 1:
+        (name, line), *_ = failed.items()
+        raise UserError(line.removeprefix("sslzoo: ") or f"{name} ended with code {codes[name]}")
+    return failed
+
+
+def _wait(running: Mapping[str, subprocess.Popen], seconds: float, asked: Sequence[int]) -> list[str]:
+    """The runs that ended within some seconds, or before a signal."""
+    until = time.monotonic() + seconds
+    while True:
+        ended = [name for name, process in running.items() if process.poll() is not None]
+        if ended or asked or time.monotonic() > until:
+            return ended
+        time.sleep(0.05)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

@@ -1,0 +1,276 @@
+"""A grid of cells of pre-training and self-training: what is there is not done again, the rest side by side."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sslzoo.blocks import Encoder
+from sslzoo.checkpoints.files import write_text
+from sslzoo.config import composed, config_hash, plain
+from sslzoo.errors import UserError
+from sslzoo.report.csv_log import read_rows
+from sslzoo.report.grid import Column, Grid, Row, csv_text, figure, markdown
+from sslzoo.report.progress import console
+from sslzoo.report.table import Cell
+from sslzoo.tasks.jobs import together
+from sslzoo.tasks.runs import provenance, write_summary
+from sslzoo.tasks.selftrain import check, initial, steps_of, word
+from sslzoo.tasks.training import started
+
+GRIDS = ("fraction", "augment", "init")
+OF_THE_GRID = ("grid", "fractions", "augments", "seeds", "jobs", "cells", "run_dir", "resume")
+OF_A_CELL = ("init", "augment", "label_fraction", "seed", "self_training")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One column and init at one seed: the supervised row there, and on top of the same teacher the self-trained one.
+
+    Attributes:
+        init: as it was typed.
+        named: in the table.
+    """
+
+    init: str
+    named: str
+    column: Column
+    seed: int
+
+
+def run(config: DictConfig, overrides: Sequence[str]) -> dict:
+    """All cells that are not there yet, then ``table.md``, ``table.csv`` and ``figure.png``."""
+    kept = [word for word in overrides if word.partition("=")[0] not in (*OF_THE_GRID, *OF_A_CELL)]
+    named = inits(config)
+    grid = layout(config, named)
+    cells = places(config, grid, named)
+    words = {place: cell_words(place, trains, kept) for place, trains in cells.items()}
+    configs = {place: composed(words[place]) for place in cells}
+    for place in {place.column: place for place in cells if cells[place] or not any(cells.values())}.values():
+        check(configs[place], words[place])  # one of every column
+    run_dir = started(config, overrides)
+    top = Path(config.cells) if config.cells else run_dir / "cells"
+    folders = {place: top / name_of(place, configs[place]) for place in cells}
+    todo = {place: configs[place] for place in cells if not finished(folders[place], cells[place])}
+    console.print(
+        f"grid={config.grid}: {len(cells)} cells, {len(cells) - len(todo)} of them finished, {config.jobs} at a time,"
+        f" {run_dir}"
+    )
+    commands = {
+        folders[place].name: command(folders[place], cells[place], words[place])
+        for place in sorted(todo, key=lambda place: -effort(configs[place]))
+    }
+    failed: dict[str, str] = {}
+    if commands:
+        work = {folders[place].name: (folders[place], configs[place]) for place in todo}
+        with progress(work) as tick:
+            failed = together(commands, run_dir / "logs", config.jobs, tick)
+    fill(grid, folders)
+    write_text(run_dir / "table.md", markdown(grid))
+    write_text(run_dir / "table.csv", csv_text(grid))
+    figure(grid, run_dir / "figure.png")
+    summary = {
+        "task": "selftrain",
+        "grid": config.grid,
+        "data": grid.data,
+        "cells": {folder.name: str(folder) for folder in folders.values()},
+        "failed": failed,
+        **provenance(config, overrides),
+    }
+    console.print(markdown(grid), markup=False)
+    if failed:
+        name, line = next(iter(failed.items()))
+        raise UserError(
+            f"{len(failed)} of {len(cells)} cells failed, first {name}: {line.removeprefix('sslzoo: ')}"
+            f" (see {run_dir}/logs; resume={run_dir} tries again)"
+        )
+    write_summary(run_dir, summary)
+    return summary
+
+
+# Which cells
+
+
+def inits(config: DictConfig) -> dict[str, str]:
+    """What is compared, ``random`` first: as it was typed, and its name in the table.
+
+    Raises:
+        UserError: on an unknown grid, one init alone, or networks that differ.
+    """
+    if config.grid not in GRIDS:
+        raise UserError(f"grid={config.grid} is none of {', '.join(GRIDS)}")
+    for key in ("fractions", "augments", "seeds"):
+        if not isinstance(config[key], ListConfig) or not len(config[key]) or len(set(config[key])) < len(config[key]):
+            raise UserError(f"{key}={config[key]} is no list of different values; type {key}=[...]")
+    typed = list(config.init) if isinstance(config.init, ListConfig) else [config.init]
+    if typed == ["random"]:
+        raise UserError(
+            f"grid={config.grid} compares random with pre-training: set init= to imagenet or a backbone.safetensors,"
+            " or to several, init=[A,B]"
+        )
+    named = {"random": "random"}
+    wanted = Encoder(**plain(config.encoder)).config
+    for init in typed:
+        encoder = initial(OmegaConf.merge(config, {"init": init}))
+        differing = [f"encoder.{key}={word(value)}" for key, value in encoder.config.items() if value != wanted[key]]
+        if differing:
+            raise UserError(
+                f"init={init} is another network than init=random, which shows nothing; set {' '.join(differing)}"
+            )
+        method = encoder.metadata["method"] if init not in ("random", "imagenet") else init
+        named[init] = method if method not in named.values() else f"{method} {Path(init).parent.name}"
+    return named
+
+
+def layout(config: DictConfig, named: dict[str, str]) -> Grid:
+    """The empty table: Table 3 of the paper, Table 2, or Table 4."""
+    if config.grid == "fraction":
+        rows = [Row(name, trains) for name in named.values() for trains in (False, True)]
+        columns = [Column(f"{part:.0%}" if part >= 0.01 else f"{part:.2%}", config.augment, float(part))
+                   for part in config.fractions]  # fmt: skip
+    else:
+        rows = [*map(Row, named.values()), Row("random", True)]
+        strengths = config.augments if config.grid == "augment" else [config.augment]
+        columns = [Column(str(strength).upper(), str(strength), float(config.label_fraction)) for strength in strengths]
+    return Grid(config.grid, str(config.data.name), rows, columns)
+
+
+def places(config: DictConfig, grid: Grid, named: dict[str, str]) -> dict[Place, bool]:
+    """All cells of all seeds, and whether their students are wanted too."""
+    students = {row.init for row in grid.rows if row.self_training}
+    return {
+        Place(init, name, column, seed): name in students
+        for column in grid.columns
+        for init, name in named.items()
+        for seed in config.seeds
+    }
+
+
+def cell_words(place: Place, trains: bool, kept: Sequence[str]) -> list[str]:
+    """What to type for a cell alone."""
+    return [
+        *kept,
+        f"init={word(place.init)}",
+        f"augment={place.column.augment}",
+        f"label_fraction={place.column.label_fraction}",
+        f"seed={place.seed}",
+        f"self_training={word(trains)}",
+    ]
+
+
+def name_of(place: Place, config: DictConfig) -> str:
+    """A cell's folder, which only cells that compute the same share."""
+    start = "".join(letter if letter.isalnum() else "_" for letter in place.named)
+    return f"{start}_{place.column.augment}_{place.column.label_fraction:g}_seed{place.seed}_{config_hash(config)[:6]}"
+
+
+# Running them
+
+
+def command(folder: Path, trains: bool, words: Sequence[str]) -> list[str]:
+    """A cell from its start, or from where it stopped."""
+    if (folder / "config.yaml").is_file():
+        return [f"resume={word(str(folder))}", f"self_training={word(trains)}"]
+    return [*words, f"run_dir={word(str(folder))}"]
+
+
+def finished(folder: Path, trains: bool) -> bool:
+    """Whether a cell has all that is wanted of it."""
+    summary = told_by(folder)
+    return bool(summary) and ("student" in summary or not trains)
+
+
+def told_by(folder: Path) -> dict:
+    """A run's summary; empty where there is none."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def parts_of(config: DictConfig) -> dict[str, int]:
+    """A cell's parts and their work, in batches."""
+    steps = steps_of(config)
+    parts = {"teacher": steps}
+    if config.self_training:
+        turns = [f"student_{turn}" if turn > 1 else "student" for turn in range(1, config.iterations + 1)]
+        parts |= dict.fromkeys(turns, 2 * steps) | {"control": 2 * steps}
+    return parts
+
+
+def effort(config: DictConfig) -> int:
+    """All of a cell's work, in batches."""
+    return sum(parts_of(config).values())
+
+
+def done(folder: Path, config: DictConfig) -> float:
+    """How much of it is done."""
+    total = 0.0
+    for part, batches in parts_of(config).items():
+        place = folder / part
+        if (place / "summary.json").is_file():
+            total += batches
+        elif (place / "metrics.csv").is_file() and (rows := read_rows(place / "metrics.csv")):
+            steps = batches // 2 if part != "teacher" and part != "control" else batches
+            total += batches * min(1.0, rows[-1]["step"] / max(1, steps))
+    return total
+
+
+@contextmanager
+def progress(work: dict[str, tuple[Path, DictConfig]]) -> Iterator[Callable]:
+    """A function to tell exit codes to, which shows how far the cells are and when they will be done."""
+    total = sum(effort(config) for _, config in work.values())
+    before, since, said = sum(done(*each) for each in work.values()), time.monotonic(), set()
+
+    def left() -> tuple[float, str]:
+        now = sum(done(*each) for each in work.values())
+        rate = (now - before) / max(time.monotonic() - since, 1e-9)
+        minutes = (total - now) / rate / 60 if rate else float("nan")
+        return now, f"{minutes:.0f} min left" if rate else "time left unknown"
+
+    columns = TextColumn("{task.fields[cells]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        shown = bar.add_task("", total=total, completed=before, cells=f"0 of {len(work)} cells", left="")
+
+        def tick(codes: dict[str, int | None]) -> None:
+            ended = {name: code for name, code in codes.items() if code is not None}
+            new = ended.keys() - said
+            if not new and not sys.stderr.isatty():
+                return  # metrics of a hundred cells need not be read every second
+            now, rest = left()
+            bar.update(shown, completed=now, cells=f"{len(ended)} of {len(work)} cells", left=rest)
+            for name in sorted(new):
+                said.add(name)
+                how = "finished" if ended[name] == 0 else f"failed with code {ended[name]}"
+                console.print(f"{name} {how}; {len(ended)} of {len(work)} cells, {rest}", markup=False)
+
+        yield tick
+
+
+# What came out
+
+
+def fill(grid: Grid, folders: dict[Place, Path]) -> None:
+    """Put what the cells have left into ``grid``; a cell that failed may have a teacher all the same."""
+    for place, folder in folders.items():
+        whole, column = told_by(folder), place.column
+        if teacher := told_by(folder / "teacher"):
+            row = Row(place.named)
+            grid.scores.setdefault((row, column), Cell()).add(place.seed, teacher["map"])
+            grid.curves.setdefault((row, column), []).append(looks(folder / "teacher", teacher["steps"]))
+        row = Row(place.named, self_training=True)
+        if "student" in whole and row in grid.rows:
+            grid.scores.setdefault((row, column), Cell()).add(place.seed, whole["map"])
+            grid.controls.setdefault((row, column), Cell()).add(place.seed, whole["control"]["map"])
+            grid.runs.setdefault((row, column), []).append(whole)
+            student = sorted(folder.glob("student*"), key=lambda path: (len(path.name), path.name))[-1]
+            grid.curves.setdefault((row, column), []).append(looks(student, whole["student"]["steps"]))
+
+
+def looks(run_dir: Path, steps: int) -> list[tuple[int, int, float]]:
+    """``(step, of all steps, AP)`` along a run."""
+    return [(row["step"], steps, row["map"]) for row in read_rows(run_dir / "metrics.csv") if "map" in row]
