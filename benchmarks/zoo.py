@@ -4,7 +4,7 @@
 
 Runs ``python -m sslzoo method=M seed=S`` one after the other, passes further overrides on, keeps each run under
 ``runs/zoo/M/S`` and does not repeat one that has finished. Prints a markdown table: mean and standard deviation over
-seeds.
+seeds, the largest gain first.
 """
 
 import argparse
@@ -34,17 +34,21 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
+def gains(summaries: list[dict]) -> list[float]:
+    """Points over random init, 0 to 1, a run each."""
+    return [one["knn_top1"] - one["knn_top1_random_init"] for one in summaries]
+
+
 def row(method: str, summaries: list[dict]) -> list[str]:
     """One method's line of the table."""
     if not summaries:
         return [method, *["failed"] * (len(COLUMNS) - 1)]
-    gains = [one["knn_top1"] - one["knn_top1_random_init"] for one in summaries]
     return [
         method,
         spread([one["knn_top1_raw_pixels"] for one in summaries], 100),
         spread([one["knn_top1_random_init"] for one in summaries], 100),
         spread([one["knn_top1"] for one in summaries], 100),
-        f"+{spread(gains, 100)}",
+        f"+{spread(gains(summaries), 100)}",
         spread([one["seconds"] for one in summaries], digits=0),
         spread([one["images_per_second"] for one in summaries], digits=0),
         spread([one["peak_memory_mb"] for one in summaries], digits=0),
@@ -58,13 +62,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
     arguments, overrides = parser.parse_known_args()
-    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1)]
+    found = {}
     for method in arguments.methods.split(","):
         runs = [
             finished(arguments.runs / method / seed, f"method={method}", f"seed={seed}", *overrides)
             for seed in arguments.seeds.split(",")
         ]
-        lines.append(row(method, [summary for summary in runs if summary]))
+        found[method] = [summary for summary in runs if summary]
+    best = sorted(found, key=lambda method: -statistics.mean(gains(found[method]) or [-1.0]))
+    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *(row(method, found[method]) for method in best)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     (arguments.runs / "table.md").write_text(table + "\n")

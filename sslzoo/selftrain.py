@@ -4,6 +4,7 @@ Zoph et al. 2020, "Rethinking Pre-training and Self-training", arXiv 2006.06882,
 labels; ``select`` keeps what it is sure of in unlabelled images, by a hard threshold; a student is trained from the
 teacher's own start, not from its weights, on batches that are half human and half pseudo-labelled
 (``sslzoo.data.mixed``), by the sum of two losses that ``LossBalance`` weighs. The student's noise is its augmentation.
+Classes of images are kept by ``confident`` and ``equal_classes`` (Xie et al. 2020, "Noisy Student", arXiv 1911.04252).
 """
 
 import hashlib
@@ -91,6 +92,40 @@ def density_threshold(scores: np.ndarray, wanted: float) -> float:
     return float(np.sort(scores)[-count]) if count else 1.0
 
 
+def confident(probabilities: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Images whose most probable class has ``threshold`` or more (Noisy Student: 0.3), ascending.
+
+    Args:
+        probabilities: a teacher's, ``(N, C)``.
+
+    Raises:
+        UserError: on a threshold that is no probability.
+    """
+    if isinstance(threshold, bool) or not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+        raise UserError(f"threshold={threshold} is no probability; give 0 to 1, e.g. 0.5, or 0.3 for soft labels")
+    return np.flatnonzero(probabilities.max(1, initial=0) >= threshold)
+
+
+def equal_classes(probabilities: np.ndarray, rows: np.ndarray, per_class: int) -> np.ndarray:
+    """As many images of each class: its most confident ones, which are repeated in turn where there are fewer.
+
+    Noisy Student, sec. 3.1. A class that no image is said to show stays without any.
+
+    Args:
+        probabilities: a teacher's, ``(N, C)``.
+        rows: ``(n,)``, the images to choose from.
+        per_class: how many of each.
+
+    Returns:
+        Rows, class by class, the most confident of each first, int64.
+    """
+    classes, best = probabilities[rows].argmax(1), probabilities[rows].max(1, initial=0)
+    order = rows[np.lexsort((-best, classes))]  # stable: equal ones stay in their order
+    counts = np.bincount(classes, minlength=probabilities.shape[1])
+    of_class = np.split(order, np.cumsum(counts)[:-1])
+    return np.concatenate([np.resize(found, per_class if len(found) else 0) for found in of_class])
+
+
 class LossBalance(nn.Module):
     """The sum of two losses, the second one at the scale of the first (Zoph et al. 2020, appendix).
 
@@ -140,6 +175,10 @@ class Student(Method):
         super().__init__(learner.encoder, learner.optim)
         self.learner, self.balance = learner, balance
         self.sync_batchnorm, self.settings, self.seed = learner.sync_batchnorm, learner.settings, learner.seed
+
+    def forward(self, x):
+        """What the learner says of ``x``."""
+        return self.learner(x)
 
     def loss(self, batch: MixedBatch) -> Tensor:
         return self.balance(self.learner.loss(batch.human), self.learner.loss(batch.pseudo))

@@ -32,7 +32,7 @@ class ImageSet:
     Attributes
     ----------
     labels : np.ndarray of shape (N,), int64
-        -1 where unknown.
+        -1 where unknown. Of soft pseudo-labels: probabilities of all C classes, (N, C) float32.
     classes : list of str
         Names of the labels 0, 1, ...; empty where unknown.
     images : np.ndarray of shape (N, H, W, 3), uint8, or None

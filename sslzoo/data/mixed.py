@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from sslzoo.views import Clean
+
 
 class MixedBatch(NamedTuple):
     """One step's input on one rank: as many images of either kind.
@@ -96,6 +98,16 @@ class Mixed(pl.LightningDataModule):
 
     def load_state_dict(self, state: dict) -> None:
         self.position = state["position"]
+
+    @property
+    def clean(self) -> Clean:
+        """The view without augmentation, of data that have one."""
+        return self.human.clean
+
+    @property
+    def on_error(self) -> str:
+        """What a damaged file does, see ``Reader``."""
+        return self.human.on_error
 
     @property
     def skipped(self) -> list[Path]:

@@ -60,21 +60,23 @@ def accuracies(found: Tensor, prefix: str) -> dict[str, float | None]:
 
 
 class Evaluate(pl.Callback):
-    """Accuracy on held-out images at the end of every epoch; what is found last is the run's score.
+    """Accuracy on held-out images at the end of epochs; what is found last is the run's score.
 
     Args:
         images: held-out, or None.
         clean: the view without augmentation.
         prefix: of the scores' names.
         on_error: see ``Reader``.
+        every: epochs between two looks; the end of the run is always looked at.
 
     Attributes:
         found: see ``answers``; lives in the checkpoint.
         values: the accuracies.
     """
 
-    def __init__(self, images: ImageSet | None, clean: Clean, prefix: str, on_error: str = "raise"):
+    def __init__(self, images: ImageSet | None, clean: Clean, prefix: str, on_error: str = "raise", every: int = 1):
         self.images, self.clean, self.prefix, self.on_error = images, clean, prefix, on_error
+        self.every = every
         self.found = torch.zeros(3, 0, dtype=torch.double)
 
     @property
@@ -93,7 +95,7 @@ class Evaluate(pl.Callback):
         self.found = state["found"]
 
     def on_train_epoch_end(self, trainer, module: Downstream) -> None:
-        if self.images is None:
+        if self.images is None or ((trainer.current_epoch + 1) % self.every and trainer.global_step < module.steps):
             return
         self.found = answers(module, self.images, self.clean, self.on_error)
         row = {key: value for key, value in self.values.items() if value is not None}

@@ -55,8 +55,10 @@ class Finetune(Downstream):
         return self.classifier(self.projector(self.encoder(x)))
 
     def loss(self, batch: Batch) -> Tensor:
+        """Labels are classes, ``(B,)`` int64, or probabilities of all classes, ``(B, C)`` (soft pseudo-labels)."""
         (x,) = batch.views
-        return cross_entropy(full(self(x)), batch.label)
+        scores, label = full(self(x)), batch.label
+        return cross_entropy(scores, label.to(scores.dtype) if label.is_floating_point() else label)
 
     def parameter_groups(self) -> list[dict]:
         head = self.optim.groups(self.classifier.parameters(), lr_scale=self.head_lr_scale)

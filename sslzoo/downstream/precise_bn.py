@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslzoo.dist import all_sum, rank
+from sslzoo.errors import UserError
 from sslzoo.losses import full
 from sslzoo.method import Method
+
+
+def check_images(number: int) -> None:
+    """Refuse, by UserError, a ``task.precise_bn`` below 0: how many images statistics are estimated on, 0 for none."""
+    if number < 0:
+        raise UserError(f"task.precise_bn={number} is no number of images; set it to 0 or more")
 
 
 @torch.no_grad()

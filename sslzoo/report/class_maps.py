@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -13,7 +12,7 @@ from torch import Tensor
 from sslzoo.checkpoints.files import write_whole
 from sslzoo.data.box_set import IGNORE
 from sslzoo.data.maps import MapSet
-from sslzoo.report.pictures import BLUE, GREEN, INK, draw_loss, draw_speed, save
+from sslzoo.report.pictures import BLUE, GREEN, INK, draw_shares, save, training_curves
 
 
 def palette() -> np.ndarray:
@@ -34,30 +33,10 @@ def write_maps(folder: Path, images: MapSet, maps: Iterable[Tensor]) -> None:
         write_whole(folder / f"{image}.png", lambda partial, picture=picture: picture.save(partial, format="PNG"))
 
 
-def draw_iou(axes: Axes, rows: list[dict]) -> None:
-    """Mean IoU and pixel accuracy over steps."""
-    for key, name, colour in (("pixel_accuracy", "pixel accuracy", GREEN), ("miou", "mIoU", BLUE)):
-        steps = [(row["step"], 100 * row[key]) for row in rows if key in row]
-        if steps:
-            axes.plot(*zip(*steps, strict=True), color=colour, marker="o", markersize=3, label=name)
-    axes.set(title="held-out images, %", xlabel="optimizer step")
-    axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-
-
 def curves(rows: list[dict], path: str | Path, title: str) -> Path:
-    """``curves.png``: loss, mean IoU, speed."""
-    figure = Figure(figsize=(11, 3))
-    axes = figure.subplots(1, 3)
-    draw_loss(axes[0], rows)
-    draw_iou(axes[1], rows)
-    draw_speed(axes[2], rows)
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return save(figure, path)
+    """``curves.png``: loss, mean IoU and pixel accuracy, speed."""
+    lines = {"pixel_accuracy": ("pixel accuracy", GREEN), "miou": ("mIoU", BLUE)}
+    return training_curves(rows, path, title, lambda axes: draw_shares(axes, rows, lines, "held-out images, %"))
 
 
 def some_rows(images: MapSet, count: int = 8) -> np.ndarray:

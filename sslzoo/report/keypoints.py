@@ -8,33 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sslzoo.data.points import PointSet
-from sslzoo.report.pictures import BLUE, GREEN, INK, ORANGE, draw_loss, draw_speed, save
-
-
-def draw_errors(axes: Axes, rows: list[dict]) -> None:
-    """Normalised mean error and correct keypoints over steps."""
-    for name, label, colour in (("pck", "PCK", GREEN), ("nme", "NME", BLUE)):
-        steps = [(row["step"], 100 * row[name]) for row in rows if name in row]
-        if steps:
-            axes.plot(*zip(*steps, strict=True), color=colour, marker="o", markersize=3, label=label)
-    axes.set(title="held-out objects, %", xlabel="optimizer step")
-    axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+from sslzoo.report.pictures import BLUE, GREEN, INK, ORANGE, draw_shares, save, training_curves
 
 
 def curves(rows: list[dict], path: str | Path, title: str) -> Path:
-    """``curves.png``: loss, errors, speed."""
-    figure = Figure(figsize=(11, 3))
-    axes = figure.subplots(1, 3)
-    draw_loss(axes[0], rows)
-    draw_errors(axes[1], rows)
-    draw_speed(axes[2], rows)
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return save(figure, path)
+    """``curves.png``: loss, normalised mean error and correct keypoints, speed."""
+    lines = {"pck": ("PCK", GREEN), "nme": ("NME", BLUE)}
+    return training_curves(rows, path, title, lambda axes: draw_shares(axes, rows, lines, "held-out objects, %"))
 
 
 def predictions(

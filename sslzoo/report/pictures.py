@@ -51,7 +51,7 @@ def draw_speed(axes: Axes, rows: list[dict]) -> None:
 
 
 def draw_shares(axes: Axes, rows: list[dict], lines: dict[str, tuple[str, str]], title: str) -> None:
-    """Scores from 0 to 1 over steps, in percent; ``lines`` is score -> its name and colour."""
+    """Scores as shares of 1 over steps, in percent; ``lines`` is score -> its name and colour."""
     for key, (name, colour) in lines.items():
         steps = [(row["step"], 100 * row[key]) for row in rows if key in row]
         if steps:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -20,7 +19,7 @@ from sslzoo.downstream import detectors
 from sslzoo.downstream.average_precision import write_results
 from sslzoo.downstream.detection import Detection, check_metric, first_batches, predict, score
 from sslzoo.downstream.evaluate import Evaluate
-from sslzoo.downstream.precise_bn import estimate_batchnorm
+from sslzoo.downstream.precise_bn import check_images, estimate_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Metrics, device_memory_mb
@@ -30,7 +29,16 @@ from sslzoo.report.detections import curves, predictions
 from sslzoo.report.progress import Bar, console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
-from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started, tell_skipped
+from sslzoo.tasks.training import (
+    fit,
+    leave_cores_to_views,
+    leave_out_unused,
+    read_checkpoint,
+    refuse_pretraining,
+    resumed,
+    started,
+    tell_skipped,
+)
 
 # What build's arguments are called in conf/task/detect.yaml: the same
 BUILT = (
@@ -44,15 +52,12 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     checkpoint = None
     if config.resume is not None:
         config, checkpoint = resumed(config, overrides)
-    for override in overrides:
-        if override.startswith(("optim.", "views=", "views.")):
-            raise UserError(f"{override} is pretraining's; for task=detect type task.optim.* or task.augment")
+    refuse_pretraining(overrides, "detect", "task.optim.* or task.augment")
     task, masks = config.task, str(config.task.model).startswith("mask")
     if config.data.label_list is not None:
         raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
     check_metric(task.metric)
-    if task.precise_bn < 0:
-        raise UserError(f"task.precise_bn={task.precise_bn} is no number of images; set it to 0 or more")
+    check_images(task.precise_bn)
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
@@ -91,10 +96,12 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     metrics = Metrics(config.monitor.log_every)
     bar = Bar(metrics, evaluate, shown=("AP", "map"))
     trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
+    if not found:  # a run resumed after its end looks no more; ranks find together, as in a look
+        learner.to(trainer.strategy.root_device)  # the trainer has taken it from there
+        found = predict(learner, val)
     if not trainer.is_global_zero:
         return {}
 
-    found = found or predict(learner, val)
     write_results(run_dir / "results.json", val, found)
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
     curves(rows.rows, run_dir / "curves.png", title)
@@ -179,34 +186,12 @@ def build_detector(config: DictConfig, encoder: Encoder, classes: int) -> nn.Mod
     mean, std = list(config.data.mean), list(config.data.std)
     detector = detectors.build(config.task.model, encoder, classes, mean, std, **settings)
     detector.to(next(encoder.parameters()).device)
-    check_maps(detector, config)
-    return detector
-
-
-def check_maps(detector: nn.Module, config: DictConfig) -> None:
-    """Refuse, by UserError, an encoder that gives no maps of images of this size; leave out what maps do not need.
-
-    A ViT's last norm, for one, comes after its maps: ranks would wait for its gradient.
-    """
     body = detector.backbone.eval()
-    sizes = config.task.min_size
-    wanted = sizes if isinstance(sizes, int) else sizes[-1]
+    wanted = config.task.min_size if isinstance(config.task.min_size, int) else config.task.min_size[-1]
     side = -(-wanted // body.divisible) * body.divisible
-    weight = next(body.parameters())
-    try:
-        levels = body(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
-    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
-        says = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"backbone={config.backbone} gives no maps of images of {side} pixels ({says});"
-            " take another backbone or task.min_size"
-        ) from error
-    needed = {id(p) for p in detector.roi_heads.parameters()} if "rcnn" in config.task.model else set()
-    torch.stack([level.sum() for level in levels.values()]).sum().backward()
-    for p in body.encoder.parameters():
-        if p.grad is None and id(p) not in needed:
-            p.requires_grad_(False)
-    body.zero_grad()
+    head = detector.roi_heads.parameters() if "rcnn" in config.task.model else ()  # C4's is the last stage
+    leave_out_unused(body.encoder, lambda x: body(x).values(), side, config.backbone, "task.min_size", head)
+    return detector
 
 
 def report(summary: dict, run_dir: Path) -> None:

@@ -1,7 +1,9 @@
 """Fine-tune a backbone on labels, all of them or a part, and score it on held-out images."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -10,6 +12,10 @@ from sslzoo.blocks import Encoder
 from sslzoo.checkpoints.backbone import load_projector, save_backbone
 from sslzoo.checkpoints.classifier import save_classifier
 from sslzoo.config import config_hash
+from sslzoo.data.images import ImageSet
+from sslzoo.data.mixed import Mixed
+from sslzoo.data.module import Images
+from sslzoo.data.pseudo_classes import PseudoClasses
 from sslzoo.data.subsets import as_list, labelled, part
 from sslzoo.downstream.features import check_size
 from sslzoo.downstream.finetune import Finetune
@@ -17,7 +23,8 @@ from sslzoo.downstream.interval import interval
 from sslzoo.downstream.labels import labelled_rows
 from sslzoo.errors import UserError
 from sslzoo.report.progress import console
-from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
+from sslzoo.selftrain import LossBalance, Student, fingerprint
+from sslzoo.tasks.runs import backbone_and_config, device, provenance, views_of, write_summary
 from sslzoo.tasks.training import (
     effort,
     fit_batch,
@@ -28,12 +35,36 @@ from sslzoo.tasks.training import (
     resumed,
     started,
     task_images,
+    with_task_views,
 )
 
 
-def run(config: DictConfig, overrides: Sequence[str]) -> dict:
-    """Train ``config.backbone`` and a classifier on the labels; leave both, the list of labels used, and the score."""
-    config, checkpoint = resumed(config, overrides)
+class Ready(NamedTuple):
+    """What a training begins with.
+
+    Attributes:
+        sized: the configuration, with the images that the backbone was trained on.
+        data: batches of labelled images; with pseudo-labels a second half of these.
+        whole: the training set; of it ``rows`` (n,) may be used with their labels.
+        learner: at its start, of which ``start`` is the fingerprint.
+        module: what is trained: the learner, or a student of it.
+    """
+
+    sized: DictConfig
+    data: Images | Mixed
+    whole: ImageSet
+    rows: np.ndarray
+    learner: Finetune
+    module: Finetune | Student
+    start: str
+
+
+def ready(config: DictConfig, overrides: Sequence[str]) -> Ready:
+    """All that ``config`` asks for, before anything is trained or written.
+
+    Raises:
+        UserError: if that can not be trained.
+    """
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     check_size(encoder, sized.image_size)
@@ -45,15 +76,46 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     labelled_rows("finetune", data.train, data.val)
     fit_batch(data)
     optim, task = own_optim(config, data), config.task
-    module = Finetune(encoder, len(whole.classes), optim, projector, task.layer_decay, task.head_lr_scale)
-    module.seed = config.seed
-    module.parameter_groups()  # complains now, not after the run directory is claimed
+    module = learner = Finetune(encoder, len(whole.classes), optim, projector, task.layer_decay, task.head_lr_scale)
+    learner.seed = config.seed
+    learner.parameter_groups()  # complains now, not after the run directory is claimed
+    start = fingerprint(learner)
+    if task.pseudo is not None:
+        data = Mixed(data, pseudo_images(sized, PseudoClasses.read(task.pseudo.file, whole), whole, data))
+        module = Student(learner, LossBalance(task.pseudo.alpha))
+    return Ready(sized, data, whole, rows, learner, module, start)
+
+
+def pseudo_images(config: DictConfig, pseudo: PseudoClasses, whole: ImageSet, human: Images) -> Images:
+    """Batches of pseudo-labelled images beside those of ``human``, in an order and under views of their own.
+
+    Raises:
+        UserError: if there are too few for one batch, or gradients are to be accumulated.
+    """
+    if config.trainer.accumulate_grad_batches != 1:
+        raise UserError("pseudo-labels do not go with accumulated gradients: set trainer.accumulate_grad_batches=1")
+    taken = pseudo.images(whole, config.task.pseudo.soft)
+    if len(taken) < human.batch_size:
+        raise UserError(
+            f"task.pseudo.file={config.task.pseudo.file} has {len(taken)} images, fewer than a batch of"
+            f" {human.batch_size}; set data.batch_size to at most that"
+        )
+    seed = config.seed + 1
+    views = views_of(with_task_views(OmegaConf.merge(config, {"seed": seed})))
+    return Images(taken, None, views, human.clean, human.batch_size, seed, human.workers, human.on_error)
+
+
+def run(config: DictConfig, overrides: Sequence[str]) -> dict:
+    """Train ``config.backbone`` and a classifier on the labels; leave both, the list of labels used, and the score."""
+    config, checkpoint = resumed(config, overrides)
+    sized, data, whole, rows, learner, module, start = ready(config, overrides)
+    encoder, projector, optim, task = learner.encoder, learner.projector, learner.optim, config.task
     leave_cores_to_views(device(config)[0], config)
     state = read_checkpoint(checkpoint, module, f"task=finetune of {config.backbone}") if checkpoint else None
     run_dir = started(config, overrides, as_list(whole, rows))
     console.print(f"finetune {config.backbone} on {len(rows)} labelled images of {whole.name}, {run_dir}")
 
-    trainer, metrics, evaluate = learn(module, data, config, run_dir, state, checkpoint)
+    trainer, metrics, evaluate = learn(module, data, config, run_dir, state, checkpoint, task.every_epochs or 1)
     if not trainer.is_global_zero:
         return {}
     method = f"{encoder.metadata['method']}+finetune"
@@ -65,9 +127,9 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         std=list(sized.data.std),
         image_size=sized.image_size,
         config_hash=config_hash(config),
-        projector=projector,
+        projector=projector if len(projector) else None,
     )
-    save_classifier(module.classifier, run_dir / "classifier.safetensors", whole.classes)
+    save_classifier(learner.classifier, run_dir / "classifier.safetensors", whole.classes)
     summary = {
         "task": "finetune",
         "method": encoder.metadata["method"],
@@ -78,6 +140,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "labelled_images": len(rows),
         "tuned_from": task["from"],
         **effort(trainer, data, metrics, optim),
+        "images_seen": trainer.global_step * data.batch_size * config.trainer.accumulate_grad_batches,
+        "start": start,
         "backbone": str(backbone),
         "initial_backbone": str(config.backbone),
         "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),

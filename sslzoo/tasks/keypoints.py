@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from sslzoo.blocks import Encoder
 from sslzoo.config import built, plain
@@ -15,13 +13,15 @@ from sslzoo.data.box_module import Boxes, box_example
 from sslzoo.data.box_set import BoxSet
 from sslzoo.data.point_sets import load_points, load_with_points
 from sslzoo.data.points import PointSet, objects, point_example
+from sslzoo.dist import rank
 from sslzoo.downstream import keypoint_rcnn, keypoints
 from sslzoo.downstream.average_precision import coco_scores, write_results
-from sslzoo.downstream.detection import Detection
+from sslzoo.downstream.detection import Detection, first_batches
 from sslzoo.downstream.detection import predict as detect
 from sslzoo.downstream.evaluate import Evaluate
 from sslzoo.downstream.keypoints import Keypoints, predict
 from sslzoo.downstream.point_scores import check_scores, matched, point_scores, score
+from sslzoo.downstream.precise_bn import check_images, estimate_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Metrics, device_memory_mb
@@ -30,7 +30,16 @@ from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.keypoints import curves, predictions
 from sslzoo.report.progress import Bar, console
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
-from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started, tell_skipped
+from sslzoo.tasks.training import (
+    fit,
+    leave_cores_to_views,
+    leave_out_unused,
+    read_checkpoint,
+    refuse_pretraining,
+    resumed,
+    started,
+    tell_skipped,
+)
 
 MODELS = (*keypoints.MODELS, "keypoint_rcnn")
 # What the two builders' arguments are called in conf/task/keypoints.yaml: the same
@@ -52,7 +61,12 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     prepare = detecting if task.model == "keypoint_rcnn" else placing
     module, data, examples, look, found_in = prepare(config, sized, encoder)
     module.seed = config.seed
-    evaluate = Evaluate(look, task.every_epochs)
+
+    def estimated(module: Method) -> dict:
+        estimate_batchnorm(module, first_batches(data.loader, task.precise_bn))
+        return look(module)
+
+    evaluate = Evaluate(estimated if task.precise_bn else look, task.every_epochs)
     on = device(config)
     leave_cores_to_views(on[0], config)
     named = f"task.model={task.model} on backbone={config.backbone}"
@@ -66,13 +80,13 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     metrics = Metrics(config.monitor.log_every)
     bar = Bar(metrics, evaluate, shown=("PCK", "pck"))
     trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
+    module.to(trainer.strategy.root_device)  # the trainer has taken it from there
+    found = found_in(module, run_dir)  # by all ranks together
     if not trainer.is_global_zero:
         return {}
 
     title = f"{task.model} on {encoder.metadata['method']}, {data.train.name}, seed {config.seed}"
     curves(rows.rows, run_dir / "curves.png", title)
-    module.to(trainer.strategy.root_device)  # the trainer has taken it from there
-    found = found_in(module, run_dir)
     predictions(run_dir / "predictions.png", examples, found, title)
     summary = {
         "task": "keypoints",
@@ -110,11 +124,10 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
 
 def check(config: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse, by UserError, settings that mean nothing here."""
-    for override in overrides:
-        if override.startswith(("optim.", "views=", "views.")):
-            raise UserError(f"{override} is pretraining's; for task=keypoints type task.optim.* or task.flip")
+    refuse_pretraining(overrides, "keypoints", "task.optim.* or task.flip")
     if config.task.model not in MODELS:
         raise UserError(f"task.model={config.task.model} is none of {', '.join(MODELS)}")
+    check_images(config.task.precise_bn)
     if config.data.label_list is not None:
         raise UserError("data.label_list names images to classify; for task=keypoints set data.label_fraction instead")
     if config.trainer.accumulate_grad_batches != 1:
@@ -140,7 +153,8 @@ def placing(config: DictConfig, sized: DictConfig, encoder: Encoder) -> Run:
     data = boxes(config, train, val, example)
     mean, std = list(sized.data.mean), list(sized.data.std)
     net = keypoints.build(task.model, encoder, len(train.names), mean, std, **{name: settings[name] for name in BUILT})
-    check_maps(net, encoder, config)
+    net.to(next(encoder.parameters()).device).eval()
+    leave_out_unused(encoder, lambda x: [net(x)], task.size, config.backbone, "task.size")
     module = Keypoints(net, built(task.optim, "task.optim", Optim, batch_size=data.batch_size), task.clip)
 
     def look(module: Method) -> dict:
@@ -170,8 +184,9 @@ def detecting(config: DictConfig, sized: DictConfig, encoder: Encoder) -> Run:
     net = keypoint_rcnn.build(
         encoder, len(examples.names), mean, std, **{name: settings[name] for name in BUILT_RCNN}
     ).to(next(encoder.parameters()).device)
-    side = -(-size // net.backbone.divisible) * net.backbone.divisible
-    leave_out_unused(lambda x: list(net.backbone.eval()(x).values()), net.backbone.encoder, config, side)
+    body = net.backbone.eval()
+    side = -(-size // body.divisible) * body.divisible
+    leave_out_unused(body.encoder, lambda x: body(x).values(), side, config.backbone, "task.min_size")
     module = Detection(net, built(task.optim, "task.optim", Optim, batch_size=data.batch_size), task.clip)
 
     def look(module: Method) -> dict:
@@ -184,7 +199,8 @@ def detecting(config: DictConfig, sized: DictConfig, encoder: Encoder) -> Run:
 
     def found_in(module: Method, run_dir: Path) -> np.ndarray:
         found = detect(module, val)
-        write_results(run_dir / "results.json", val, found, iou="keypoints")
+        if not rank():
+            write_results(run_dir / "results.json", val, found, iou="keypoints")
         return matched(val, found)[1]
 
     return module, data, examples, look, found_in
@@ -194,36 +210,6 @@ def boxes(config: DictConfig, train: BoxSet | PointSet, val: BoxSet | PointSet, 
     """Batches as ``config.data`` asks for them."""
     data = config.data
     return Boxes(train, val, example, data.batch_size, seed=config.seed, workers=data.workers, on_error=data.on_error)
-
-
-def check_maps(net: keypoints.Regression | keypoints.HeatMaps, encoder: Encoder, config: DictConfig) -> None:
-    """Refuse, by UserError, a backbone that cannot see images of ``task.size`` pixels."""
-    net.to(next(encoder.parameters()).device).eval()
-    leave_out_unused(lambda x: [net(x)], encoder, config, config.task.size)
-
-
-def leave_out_unused(
-    forward: Callable[[Tensor], list[Tensor]], encoder: Encoder, config: DictConfig, side: int
-) -> None:
-    """Train no weight of the backbone that ``forward`` does not need: ranks would wait for its gradient.
-
-    Raises:
-        UserError: if the backbone cannot see images of ``side`` pixels.
-    """
-    weight = next(encoder.parameters())
-    try:
-        outputs = forward(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
-    except (AssertionError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-        says = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"backbone={config.backbone} gives no maps of images of {side} pixels ({says});"
-            " take another backbone, task.size or task.min_size"
-        ) from error
-    torch.stack([output.sum() for output in outputs]).sum().backward()
-    for p in encoder.parameters():
-        if p.grad is None:
-            p.requires_grad_(False)
-    encoder.zero_grad()
 
 
 def report(summary: dict, run_dir: Path) -> None:

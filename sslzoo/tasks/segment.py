@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sslzoo.blocks import Encoder
@@ -24,7 +23,16 @@ from sslzoo.report.class_maps import curves, predictions, some_rows, write_maps
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.progress import Bar, console
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
-from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed, started, tell_skipped
+from sslzoo.tasks.training import (
+    fit,
+    leave_cores_to_views,
+    leave_out_unused,
+    read_checkpoint,
+    refuse_pretraining,
+    resumed,
+    started,
+    tell_skipped,
+)
 
 BUILT = ("channels", "norm", "repeats")  # what build's arguments are called in conf/task/segment.yaml: the same
 
@@ -103,9 +111,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
 def check(config: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse, by UserError, settings that mean nothing here."""
     task = config.task
-    for override in overrides:
-        if override.startswith(("optim.", "views=", "views.")):
-            raise UserError(f"{override} is pretraining's; for task=segment type task.optim.* or task.augment")
+    refuse_pretraining(overrides, "segment", "task.optim.* or task.augment")
     if config.data.label_list is not None:
         raise UserError("data.label_list names images to classify; for task=segment set data.label_fraction instead")
     if config.trainer.accumulate_grad_batches != 1:
@@ -135,30 +141,14 @@ def load_data(config: DictConfig) -> Boxes:
 def build_segmenter(config: DictConfig, encoder: Encoder, classes: int) -> Segmenter:
     """``config.task.model`` on ``encoder``, after a look at whether the two get along.
 
-    What class maps do not need, e.g. a ViT's last norm, is not trained: ranks would wait for its gradient.
-
     Raises:
         UserError: if they do not.
     """
     task, data = plain(config.task), config.data
     settings = {key: task[key] for key in BUILT}
     segmenter = segmenters.build(task["model"], encoder, classes, list(data.mean), list(data.std), **settings)
-    weight = next(encoder.parameters())
-    segmenter.to(weight.device).eval()
-    square = torch.zeros(1, 3, task["size"], task["size"], device=weight.device, dtype=weight.dtype)
-    try:
-        scores = segmenter(square)
-    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
-        says = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"backbone={config.backbone} gives no maps of images of {task['size']} pixels ({says});"
-            " take another backbone or task.size"
-        ) from error
-    scores.sum().backward()
-    for p in segmenter.encoder.parameters():
-        if p.grad is None:
-            p.requires_grad_(False)
-    segmenter.zero_grad()
+    segmenter.to(next(encoder.parameters()).device).eval()
+    leave_out_unused(segmenter.encoder, lambda x: [segmenter(x)], task["size"], config.backbone, "task.size")
     return segmenter
 
 

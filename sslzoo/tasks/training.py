@@ -3,7 +3,7 @@
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import faiss
@@ -11,9 +11,12 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor, nn
 
+from sslzoo.blocks import Encoder
 from sslzoo.checkpoints.files import write_text
 from sslzoo.config import built, composed, differences, plain
+from sslzoo.data.mixed import Mixed
 from sslzoo.data.module import Images, default_workers
 from sslzoo.downstream.base import Downstream, Evaluate
 from sslzoo.errors import UserError
@@ -22,6 +25,7 @@ from sslzoo.monitor import Checkpoint, Metrics, Stopped
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.progress import Bar, console
+from sslzoo.selftrain import Student
 from sslzoo.tasks.runs import claim_run_dir, device, images, more_loggers
 
 
@@ -135,25 +139,78 @@ def read_checkpoint(path: Path, method: Method, what: str) -> dict:
     return state
 
 
+def refuse_pretraining(overrides: Sequence[str], task: str, instead: str | None = None) -> None:
+    """Refuse, by UserError, settings of pretraining that were typed for a task in which they have no meaning.
+
+    Args:
+        overrides: what was typed.
+        task: its name.
+        instead: what to type; None for the same word under ``task``.
+    """
+    for override in overrides:
+        if override.startswith(("optim.", "views=", "views.")):
+            raise UserError(f"{override} is pretraining's; for task={task} type {instead or f'task.{override}'}")
+
+
+def leave_out_unused(
+    encoder: Encoder,
+    forward: Callable[[Tensor], Iterable[Tensor]],
+    side: int,
+    backbone: str,
+    setting: str,
+    others: Iterable[nn.Parameter] = (),
+) -> None:
+    """Train no weight of ``encoder`` that ``forward`` does not need: ranks would wait for its gradient.
+
+    A ViT's last norm, for one, comes after its maps.
+
+    Args:
+        encoder: the backbone.
+        forward: from an image ``(1, 3, side, side)`` to what is learned from, in eval mode.
+        side: of the images in pixels.
+        backbone, setting: what the user typed for the encoder, and the name of what ``side`` comes from.
+        others: weights that are needed all the same.
+
+    Raises:
+        UserError: if the encoder cannot see such images.
+    """
+    weight = next(encoder.parameters())
+    try:
+        outputs = forward(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+    except (AssertionError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+        says = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"backbone={backbone} gives no maps of images of {side} pixels ({says}); take another backbone or {setting}"
+        ) from error
+    kept = {id(p) for p in others}
+    weights = [p for p in encoder.parameters() if p.requires_grad and id(p) not in kept]
+    total = torch.stack([output.sum() for output in outputs]).sum()
+    for p, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
+        p.requires_grad_(gradient is not None)
+
+
 def task_images(config: DictConfig, overrides: Sequence[str]) -> Images:
     """The data of a task that trains a backbone further, under ``task.views`` at the size of ``config``.
 
     Raises:
         UserError: if pretraining's settings were typed, which have no meaning here, or there are several views.
     """
-    for override in overrides:
-        if override.startswith(("optim.", "views=", "views.")):
-            raise UserError(f"{override} is pretraining's; for task={config.task.name} type task.{override}")
-    sized = OmegaConf.merge(config, {})
-    sized.views = {
-        name: view and {**view, "size": config.image_size} for name, view in plain(config.task.views).items()
-    }
-    data = images(sized)
+    refuse_pretraining(overrides, config.task.name)
+    data = images(with_task_views(config))
     if len(data.views.views) != 1:
         raise UserError(
             f"task.views gives {len(data.views.views)} views of an image; task={config.task.name} needs one"
         )
     return data
+
+
+def with_task_views(config: DictConfig) -> DictConfig:
+    """``config`` with ``task.views``, at its size, in the place of pretraining's views."""
+    sized = OmegaConf.merge(config, {})
+    sized.views = {
+        name: view and {**view, "size": config.image_size} for name, view in plain(config.task.views).items()
+    }
+    return sized
 
 
 def fit_batch(data: Images) -> None:
@@ -188,21 +245,27 @@ def tell_skipped(files: Sequence[Path]) -> None:
 
 
 def learn(
-    module: Downstream, data: Images, config: DictConfig, run_dir: Path, state: dict | None, checkpoint: Path | None
+    module: Downstream | Student,
+    data: Images | Mixed,
+    config: DictConfig,
+    run_dir: Path,
+    state: dict | None,
+    checkpoint: Path | None,
+    every: int = 1,
 ) -> tuple[pl.Trainer, Metrics, Evaluate]:
-    """Train ``module`` and score it on the held-out images after every epoch; ``state`` is the checkpoint's content."""
+    """Train ``module`` and score it on the held-out images every few epochs; ``state`` is the checkpoint's content."""
     on = device(config)
     rows = CsvLog(run_dir / "metrics.csv")
     if config.resume:
         rows.forget_after(state["global_step"] if state else 0)
     metrics = Metrics(config.monitor.log_every)
-    evaluate = Evaluate(data.val, data.clean, config.task.name, data.on_error)
+    evaluate = Evaluate(data.val, data.clean, config.task.name, data.on_error, every)
     bar = Bar(metrics, evaluate, shown=("top-1", f"{config.task.name}_top1"))
     trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
     return trainer, metrics, evaluate
 
 
-def effort(trainer: pl.Trainer, data: Images, metrics: Metrics, optim: Optim) -> dict:
+def effort(trainer: pl.Trainer, data: Images | Mixed, metrics: Metrics, optim: Optim) -> dict:
     """What a summary says of a training: its rate and batch, how it ended, how long it took."""
     return {
         "lr": optim.peak_lr,
