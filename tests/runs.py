@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytorch_lightning as pl
@@ -125,3 +126,26 @@ def assert_same_run(a: Path, b: Path, steps: int) -> None:
     finals = [json.loads((d / "summary.json").read_text()) for d in (a, b)]
     for key in ("loss", "knn_top1", "steps", "epochs", "config_hash"):
         assert finals[0][key] == finals[1][key], key
+
+
+def counted(monkeypatch, module, name: str) -> list[tuple]:
+    """Arguments of the calls of ``module.name`` from now on; it still does what it did."""
+    calls, original = [], getattr(module, name)
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def as_second_rank(monkeypatch, task) -> None:
+    """Let a task believe, once it has trained, that it is not the rank that writes."""
+    original = task.fit
+
+    def fit(*arguments):
+        trainer = original(*arguments)
+        return SimpleNamespace(is_global_zero=False, strategy=trainer.strategy)
+
+    monkeypatch.setattr(task, "fit", fit)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from boxed import IDS, loader, random_predictions, random_truth, rectangles, same, write_coco
 from conftest import close
-from runs import Killed, checkpoint_of
+from runs import Killed, as_second_rank, checkpoint_of, counted
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
@@ -25,6 +26,7 @@ from sslzoo.downstream.precise_bn import estimate_batchnorm
 from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
+from sslzoo.tasks import detect
 from sslzoo.tasks.detect import BUILT, build_detector, load_sets
 
 SMALL = {"channels": 16, "convs": 1, "norm": "group", "rois": 8, "proposals": 10}
@@ -189,6 +191,14 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, 
         assert resumed[key] == summary[key], key
 
 
+def test_all_ranks_find_together_when_a_run_is_resumed_after_its_end(tmp_path, monkeypatch, finished):
+    run_dir = copytree(finished[0], tmp_path / "again")
+    calls = counted(monkeypatch, detect, "predict")
+    as_second_rank(monkeypatch, detect)
+    assert run([f"resume={run_dir}"]) == {}
+    assert len(calls) == 1
+
+
 @pytest.mark.slow
 def test_a_detector_learns_red_and_blue(tmp_path, root):
     options = ["trainer.max_epochs=25", "task.every_epochs=25", "task.augment=flip", "task.optim.lr=3e-3"]
@@ -256,7 +266,7 @@ def test_images_without_boxes_are_left_out_where_asked(tmp_path):
         (["data.batch_size=64"], "data.batch_size=64 is more than the 12 training images"),
         (["task.optim.schedule=none"], "optim.schedule=none is none of"),
         (["trainer.accumulate_grad_batches=2"], "set trainer.accumulate_grad_batches=1"),
-        (["protocol=coco_9x"], "protocol=coco_9x does not exist: protocol is one of coco_c4_1x"),
+        (["protocol=coco_9x"], "protocol=coco_9x does not exist: protocol is one of cityscapes_fcn, coco_c4_1x"),
     ],
 )
 def test_mistakes_are_said_in_one_line_before_anything_is_written(tmp_path, root, capsys, words, message):
@@ -287,8 +297,8 @@ def test_a_vit_is_no_c4_backbone(tmp_path, root, capsys):
 def test_without_a_protocol_nothing_changes_and_detect_has_its_own():
     assert "protocol" not in composed([])
     assert config_hash(composed([])) == config_hash(composed(["data=photos"]))
-    detect = composed(["task=detect"])
-    assert (detect.data.name, detect.data.batch_size) == ("scenes", 16)
+    own = composed(["task=detect"])
+    assert (own.data.name, own.data.batch_size) == ("scenes", 16)
     assert composed(["task=detect", "data=coco", "trainer.max_epochs=7"]).trainer.max_epochs == 7
 
 
@@ -324,5 +334,8 @@ def test_protocols_are_the_published_ones(name, images):
 
 
 def test_every_protocol_is_tested():
-    found = {name for name in options("protocol") if name.startswith(("coco_c4", "coco_fpn", "voc07"))}
-    assert found == {"voc0712_c4_24k", "coco_c4_1x", "coco_c4_2x", "coco_fpn_1x", "coco_fpn_2x"}
+    own = {name for name in options("protocol") if name in options("task")}  # what a task takes if none is typed
+    assert {"detect", "segment", "keypoints", "selftrain"} <= own
+    here = {"voc0712_c4_24k", "coco_c4_1x", "coco_c4_2x", "coco_fpn_1x", "coco_fpn_2x"}
+    elsewhere = {"voc12_fcn", "cityscapes_fcn", "coco_keypoints"}  # test_segment, test_keypoints
+    assert {*options("protocol")} - own == here | elsewhere

@@ -2,6 +2,7 @@
 
 import json
 import math
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from conftest import on_ranks
 from pointed import faces, write_corners, write_faces
-from runs import Killed, checkpoint_of
+from runs import Killed, as_second_rank, checkpoint_of, counted
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.config import composed
@@ -22,6 +23,7 @@ from sslzoo.errors import UserError
 from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
+from sslzoo.tasks import keypoints
 from sslzoo.tasks.keypoints import BUILT, BUILT_RCNN, VIEW
 
 MEAN, STD = [0.5] * 3, [0.25] * 3
@@ -255,6 +257,23 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, 
         assert resumed[key] == summary[key], key
 
 
+def test_all_ranks_find_the_points_of_the_picture_together(tmp_path, monkeypatch, finished):
+    run_dir = copytree(finished[0], tmp_path / "again")  # resumed after its end, so that it looks no more
+    calls = counted(monkeypatch, keypoints, "predict")
+    as_second_rank(monkeypatch, keypoints)
+    assert run([f"resume={run_dir}"]) == {}
+    assert len(calls) == 1
+
+
+def test_batchnorm_is_estimated_on_the_first_training_images_where_asked(tmp_path, monkeypatch, root):
+    calls = counted(monkeypatch, keypoints, "estimate_batchnorm")
+    more = ["task.precise_bn=12", "trainer.max_epochs=1", f"run_dir={tmp_path / 'run'}"]
+    run(command(root, *more))
+    ((module, batches),) = calls
+    assert module.encoder.net.bn1.running_mean.abs().max() > 0
+    assert next(batches, None) is None  # all of them were taken
+
+
 def test_faces_train_by_regression(tmp_path):
     root = write_faces(tmp_path / "faces", faces(16))
     words = [word for word in command(root) if not word.startswith(("data=", "task.channels", "task.deconvs"))]
@@ -298,6 +317,7 @@ def test_corners_are_learned(tmp_path, root, model):
         (["backbone=null"], "task=keypoints needs backbone="),
         (["task.normalise=head"], "task.normalise=head is none of box, interocular, image"),
         (["task.normalise=interocular"], "task.normalise=interocular needs eyes"),
+        (["task.precise_bn=-1"], "task.precise_bn=-1 is no number of images"),
         (["task.pck=0"], "task.pck=0 is no distance"),
         (["task.every_epochs=0"], "task.every_epochs=0 is no number of epochs"),
         (["data.batch_size=64"], "data.batch_size=64 is more than the 18 training images"),
@@ -333,6 +353,7 @@ def test_the_protocols_are_complete_and_cocos_the_published_one():
         "person_keypoints",
     )
     assert (coco.trainer.max_steps, coco.data.batch_size, list(coco.task.min_size)[-1]) == (180000, 16, 800)
+    assert coco.task.precise_bn == 200 * 16
     optim = Optim(**{**coco.task.optim, "milestones": list(coco.task.optim.milestones), "batch_size": 16})
     steps = [optim.lr_at(step, 180000, 4000) for step in (0, 2000, 119999, 120001, 160001)]
     assert steps == pytest.approx([0.02 / 1000, 0.02, 0.02, 0.002, 0.0002])

@@ -180,13 +180,17 @@ class BoxSet:
 
         if maps[i] is None:
             raise UserError(f"image {self.image_ids[i]} of data={self.name} has no masks; load with segmentation=True")
-        with Image.open(maps[i]) as picture:
-            if picture.mode not in ("P", "L") or picture.size != tuple(self.sizes[i, ::-1].tolist()):
-                raise UserError(
-                    f"{maps[i]} is {picture.mode} of {picture.size[0]} x {picture.size[1]} pixels; "
-                    "give a picture of palette indices as large as its photograph"
-                )
-            return np.asarray(picture)
+        try:
+            with Image.open(maps[i]) as picture:
+                mode, indices = picture.mode, np.asarray(picture)
+        except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG
+            raise UserError(f"{maps[i]} is no picture, or cut short; fetch it again") from error
+        if mode not in ("P", "L") or indices.shape != tuple(self.sizes[i].tolist()):
+            raise UserError(
+                f"{maps[i]} is {mode} of {indices.shape[1]} x {indices.shape[0]} pixels; "
+                "give a picture of palette indices as large as its photograph"
+            )
+        return indices
 
     @property
     def swap(self) -> list[int]:

@@ -28,11 +28,11 @@ from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.detections import curves, predictions
 from sslzoo.report.progress import Bar, console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
+from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
     fit,
     leave_cores_to_views,
-    leave_out_unused,
     read_checkpoint,
     refuse_pretraining,
     resumed,
@@ -62,6 +62,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
     train, val = load_sets(config, masks)
+    val = held_out(val, config.data.on_error)
     detector = build_detector(sized, encoder, len(train.classes))
     data = boxes = load_data(config, train, val, masks)
     optim = built(task.optim, "task.optim", Optim, batch_size=boxes.batch_size)

@@ -29,11 +29,11 @@ from sslzoo.optim import Optim
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.keypoints import curves, predictions
 from sslzoo.report.progress import Bar, console
+from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
     fit,
     leave_cores_to_views,
-    leave_out_unused,
     read_checkpoint,
     refuse_pretraining,
     resumed,
@@ -148,6 +148,7 @@ def placing(config: DictConfig, sized: DictConfig, encoder: Encoder) -> Run:
     """
     task, settings = config.task, plain(config.task)
     train, val = load_points(plain(config.data), config.seed)
+    val = held_out(val, config.data.on_error)
     check_scores(val, task.normalise, task.pck)
     example = point_example(train, task.size, config.seed, **{name: settings[name] for name in VIEW})
     data = boxes(config, train, val, example)
@@ -174,6 +175,7 @@ def detecting(config: DictConfig, sized: DictConfig, encoder: Encoder) -> Run:
     """
     task, settings = config.task, plain(config.task)
     train, val = load_with_points(plain(config.data), config.seed)
+    val = held_out(val, config.data.on_error)
     examples = objects(val)
     check_scores(examples, task.normalise, task.pck)
     sizes = task.min_size

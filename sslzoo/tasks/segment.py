@@ -22,11 +22,11 @@ from sslzoo.optim import Optim
 from sslzoo.report.class_maps import curves, predictions, some_rows, write_maps
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.progress import Bar, console
+from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
     fit,
     leave_cores_to_views,
-    leave_out_unused,
     read_checkpoint,
     refuse_pretraining,
     resumed,
@@ -132,8 +132,9 @@ def load_data(config: DictConfig) -> Boxes:
     Raises:
         UserError: if these data have no class maps.
     """
-    train, val = load_maps(plain(config.data), config.seed)
     task, data = config.task, config.data
+    train, every = load_maps(plain(data), config.seed)
+    val = held_out(every, data.on_error, lambda i: (every.picture(i), every.class_map(i)))
     example = map_example(train, task.augment, task.size, config.seed)
     return Boxes(train, val, example, data.batch_size, seed=config.seed, workers=data.workers, on_error=data.on_error)
 
