@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sslzoo.blocks.encoder import Encoder
+from sslzoo.data.images import NAMES
 from sslzoo.errors import UserError
 from sslzoo.optim import Optim
 
@@ -35,6 +36,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: on a choice or key that does not exist, naming those that do.
     """
+    overrides = by_kind_of_data(overrides)
     for override in overrides:
         key, sep, value = override.partition("=")
         if not sep:
@@ -51,6 +53,12 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         raise UserError(_unknown_key(overrides) or _one_line(error)) from error
     return config
+
+
+def by_kind_of_data(overrides: Sequence[str]) -> list[str]:
+    """What ``overrides`` mean: ``task=selftrain`` has settings of its own for data of images to classify."""
+    classified = {f"data={name}" for name in NAMES} & set(overrides)
+    return [f"{each}_classes" if classified and each == "task=selftrain" else each for each in overrides]
 
 
 def _unknown_key(overrides: Sequence[str]) -> str | None:

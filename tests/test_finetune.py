@@ -78,6 +78,21 @@ def test_loss_is_the_cross_entropy_of_the_labels():
     assert module.loss(batch._replace(label=label)).item() == pytest.approx(expected)
 
 
+def test_loss_of_soft_labels_is_the_cross_entropy_to_the_whole_distribution():
+    module, (batch,) = make(), random_batches(1, 8, [(12,)])
+    label = torch.rand(8, 4, generator=torch.Generator().manual_seed(3))
+    label = label / label.sum(1, keepdim=True)  # float32, as it is stored
+    scores = module.eval()(batch.views[0]).detach()
+    expected = 0.0
+    for s, p in zip(scores.tolist(), label.tolist(), strict=True):
+        total = math.log(sum(math.exp(each) for each in s))
+        expected -= sum(share * (each - total) for each, share in zip(s, p, strict=True)) / 8
+    assert module.loss(batch._replace(label=label)).item() == pytest.approx(expected, rel=1e-9)
+    hard = torch.eye(4)[label.argmax(1)]  # of one class for sure: the loss of that class
+    of_class = module.loss(batch._replace(label=label.argmax(1)))
+    assert module.loss(batch._replace(label=hard)).item() == pytest.approx(of_class.item(), rel=1e-9)
+
+
 def make() -> Finetune:
     optim = Optim(lr=0.1, lr_per=None, weight_decay=1e-3)
     return sync_batchnorm(Finetune(Tiny(), 4, optim, layer_decay=1.0, head_lr_scale=3.0).double())

@@ -18,7 +18,8 @@ from sslzoo.config import composed, keys_of
 from sslzoo.data.boxes import labelled_images
 from sslzoo.monitor import Metrics
 from sslzoo.tasks import selftrain_grid
-from sslzoo.tasks.selftrain import own_settings, part_words, steps_of, word
+from sslzoo.tasks.parts import own_settings, word
+from sslzoo.tasks.selftrain import part_words, steps_of
 
 
 def squares(root, split: str, count: int, seed: int) -> dict:

@@ -11,7 +11,7 @@ from torch import nn
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints.backbone import load_projector, save_backbone
 from sslzoo.checkpoints.classifier import save_classifier
-from sslzoo.config import config_hash
+from sslzoo.config import config_hash, plain
 from sslzoo.data.images import ImageSet
 from sslzoo.data.mixed import Mixed
 from sslzoo.data.module import Images
@@ -81,12 +81,26 @@ def ready(config: DictConfig, overrides: Sequence[str]) -> Ready:
     learner.parameter_groups()  # complains now, not after the run directory is claimed
     start = fingerprint(learner)
     if task.pseudo is not None:
-        data = Mixed(data, pseudo_images(sized, PseudoClasses.read(task.pseudo.file, whole), whole, data))
-        module = Student(learner, LossBalance(task.pseudo.alpha))
+        file, soft, alpha = pseudo_settings(task.pseudo)
+        data = Mixed(data, pseudo_images(sized, PseudoClasses.read(file, whole).images(whole, soft), data))
+        module = Student(learner, LossBalance(alpha))
     return Ready(sized, data, whole, rows, learner, module, start)
 
 
-def pseudo_images(config: DictConfig, pseudo: PseudoClasses, whole: ImageSet, human: Images) -> Images:
+def pseudo_settings(pseudo: DictConfig) -> tuple[str, bool, float]:
+    """File, softness and weight of pseudo-labels, as ``task.pseudo`` names them.
+
+    Raises:
+        UserError: if they are not named, or something else is.
+    """
+    usual = {"file": None, "soft": True, "alpha": 1.0}
+    said = plain(pseudo) if isinstance(pseudo, DictConfig) else {}
+    if not isinstance(said.get("file"), str) or said.keys() - usual.keys():
+        raise UserError(f"task.pseudo={pseudo} names no pseudo-labels; give {{file: FILE, soft: true, alpha: 1.0}}")
+    return tuple((usual | said).values())
+
+
+def pseudo_images(config: DictConfig, taken: ImageSet, human: Images) -> Images:
     """Batches of pseudo-labelled images beside those of ``human``, in an order and under views of their own.
 
     Raises:
@@ -94,11 +108,10 @@ def pseudo_images(config: DictConfig, pseudo: PseudoClasses, whole: ImageSet, hu
     """
     if config.trainer.accumulate_grad_batches != 1:
         raise UserError("pseudo-labels do not go with accumulated gradients: set trainer.accumulate_grad_batches=1")
-    taken = pseudo.images(whole, config.task.pseudo.soft)
     if len(taken) < human.batch_size:
         raise UserError(
-            f"task.pseudo.file={config.task.pseudo.file} has {len(taken)} images, fewer than a batch of"
-            f" {human.batch_size}; set data.batch_size to at most that"
+            f"there are {len(taken)} pseudo-labelled images, fewer than a batch of {human.batch_size}; set"
+            f" data.batch_size to at most {len(taken)}"
         )
     seed = config.seed + 1
     views = views_of(with_task_views(OmegaConf.merge(config, {"seed": seed})))

@@ -20,8 +20,9 @@ from sslzoo.report.grid import Column, Grid, Row, csv_text, figure, markdown
 from sslzoo.report.progress import console
 from sslzoo.report.table import Cell
 from sslzoo.tasks.jobs import together
+from sslzoo.tasks.parts import initial, word
 from sslzoo.tasks.runs import provenance, write_summary
-from sslzoo.tasks.selftrain import check, initial, steps_of, word
+from sslzoo.tasks.selftrain import check, steps_of
 from sslzoo.tasks.training import started
 
 GRIDS = ("fraction", "augment", "init")

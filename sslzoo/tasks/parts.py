@@ -1,0 +1,186 @@
+"""What all self-training shares: parts that are runs of their own, and their order."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sslzoo.blocks import Encoder
+from sslzoo.checkpoints.backbone import load_backbone
+from sslzoo.config import CONF, composed, keys_of, plain
+from sslzoo.errors import UserError
+from sslzoo.tasks import task
+from sslzoo.tasks.jobs import several_devices, together
+from sslzoo.tasks.training import refuse_pretraining
+
+Train = Callable[[Path, int, Path | None], dict]  # of a folder, steps and a folder of pseudo-labels: a part's summary
+Label = Callable[[Path, Path], dict]  # of a teacher's folder and one for its labels: what is said of them
+
+
+def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label: Label, score: str) -> dict:
+    """What follows a teacher: pseudo-labels and a student, perhaps several times, and a control.
+
+    The control learns from people's labels alone, from as many images as the student.
+
+    Args:
+        run_dir: of the whole, with ``teacher`` in it; gets ``pseudo``, ``student`` and ``control``.
+        teacher: summary of the first teacher.
+        iterations: students; each but the last is the teacher of the next.
+        train, label: make a part unless it is there.
+        score: name of the score in the parts' summaries.
+
+    Returns:
+        Summaries of the last ``student``, its ``control`` and ``pseudo``-labels, and the student's gains over teacher
+        and control.
+    """
+    steps, source = teacher["steps"], run_dir / "teacher"
+    for turn in range(1, iterations + 1):
+        ending = f"_{turn}" if turn > 1 else ""
+        labels = run_dir / f"pseudo{ending}"
+        found = label(source, labels)
+        source = run_dir / f"student{ending}"
+        student = train(source, steps, labels)
+        if student["start"] != teacher["start"]:
+            raise RuntimeError(f"{source} did not start from the weights that {run_dir / 'teacher'} started from")
+    control = train(run_dir / "control", steps * student["images_seen"] // teacher["images_seen"], None)
+    return {
+        "student": student,
+        "control": control,
+        "pseudo": found,
+        "gain_at_equal_steps": student[score] - teacher[score],
+        "gain_at_equal_images": student[score] - control[score],
+    }
+
+
+def outcome(name: str, supervised: float, summary: Mapping, score: str) -> str:
+    """The end of the line that a run of self-training ends with.
+
+    Args:
+        name: of the score, as it is shown.
+        supervised: the teacher's score.
+        summary: what ``students`` returned; or without a student.
+        score: its name in the parts' summaries.
+    """
+    line = f"supervised {name} {100 * supervised:.1f}"
+    if "student" in summary:
+        line += (
+            f", self-trained {100 * summary['student'][score]:.1f}"
+            f" ({100 * summary['gain_at_equal_steps']:+.1f} at as many steps,"
+            f" {100 * summary['gain_at_equal_images']:+.1f} to a control of as many images,"
+            f" {100 * summary['control'][score]:.1f})"
+        )
+    return line
+
+
+def trained(config: DictConfig, place: Path, words: Callable[[], list[str]]) -> dict:
+    """The summary of the part in ``place``, which is trained now, or gone on with, unless it is there.
+
+    Args:
+        config: of the whole.
+        words: what to type for the part, ``task=...`` first; called if it was not begun.
+    """
+    done = place / "summary.json"
+    if not done.is_file():
+        begun = place / "config.yaml"
+        typed = [f"resume={place}"] if begun.is_file() else [*words(), f"run_dir={word(str(place))}"]
+        if several_devices(config):
+            together({place.name: typed}, place.parent / "logs")  # Lightning starts the other ranks itself
+        else:
+            name = OmegaConf.load(begun).task.name if begun.is_file() else typed[0].removeprefix("task=")
+            task(name)(composed([f"task={name}", *typed]), typed)
+    return json.loads(done.read_text())
+
+
+def words_of(
+    name: str, config: DictConfig, overrides: Sequence[str], own: set[str], given: Mapping[str, object]
+) -> list[str]:
+    """What to type for one part as a run of its own, ``task=NAME ...``: all that differs from what it would take.
+
+    Args:
+        name: of the part's task.
+        config: of the whole.
+        overrides: what was typed; of it the choices between files of ``conf``, such as ``data=coco``.
+        own: settings of the whole that a part has not.
+        given: settings that a part gets instead of those of the whole.
+    """
+    left = own | {"optim", "views"}  # pretraining's, which no part looks at; sizes of views follow image_size
+    wanted = {key: value for key, value in keys_of(config).items() if key.partition(".")[0] not in left}
+    wanted |= {"task.name": name, "run_dir": None, "resume": None, **given}
+    choices = [f"task={name}"]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if (CONF / key).is_dir() and key not in ("task", "protocol"):
+            choices.append(override)
+    usual = keys_of(composed(choices))
+    return choices + [
+        f"{'' if key in usual else '++'}{key}={word(value)}"
+        for key, value in wanted.items()
+        if key not in usual or usual[key] != value
+    ]
+
+
+def word(value: object) -> str:
+    """``value`` as it is typed; in quotes only where it needs them."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{word(of_key)}' for key, of_key in value.items())}}}"
+    bare = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w./-]*", value)
+    return value if bare and value.lower() not in ("null", "true", "false", "nan", "inf") else json.dumps(value)
+
+
+def own_settings(name: str = "selftrain") -> set[str]:
+    """Names of the settings that ``conf/task/NAME.yaml`` has beside those of what it trains."""
+    return set(OmegaConf.load(CONF / "task" / f"{name}.yaml")) - {"defaults", "task"}
+
+
+def initial_name(config: DictConfig) -> str:
+    """The backbone that ``config.init`` means."""
+    return str(config.imagenet if config.init == "imagenet" else config.init)
+
+
+def initial(config: DictConfig) -> Encoder:
+    """The encoder that ``config.init`` means.
+
+    Raises:
+        UserError: if it is not at hand.
+    """
+    if config.init == "imagenet":
+        encoder = load_backbone(config.imagenet, "auto")
+        if not encoder.metadata["pretrained"]:
+            raise UserError(
+                f"init=imagenet is {config.imagenet}, whose weights are not in the local cache; fetch them with"
+                f" python -m sslzoo task=knn backbone={config.imagenet} pretrained=true, or give another init"
+            )
+        return encoder
+    return load_backbone(config.init, config.pretrained, plain(config.encoder))
+
+
+# Before anything is written
+
+
+def check_typed(overrides: Sequence[str], given: Mapping[str, str], augmentation: str) -> None:
+    """Refuse, by UserError, what self-training sets itself, and what is pretraining's.
+
+    Args:
+        given: setting of a part -> what to type instead.
+        augmentation: what to type instead of pretraining's views.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in given:
+            raise UserError(f"{key} is set by task=selftrain for each part of a run; type {given[key]}= instead")
+    refuse_pretraining(overrides, "selftrain", f"task.optim.* or {augmentation}")
+
+
+def check_numbers(config: DictConfig, whole: Sequence[str], real: Sequence[str]) -> None:
+    """Refuse, by UserError, ``whole`` settings that are no whole numbers of 1 or more, ``real`` ones below 0."""
+    for key in whole:
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise UserError(f"{key}={config[key]} is no whole number of 1 or more")
+    for key in real:
+        if not (isinstance(config[key], int | float) and config[key] >= 0 and math.isfinite(config[key])):
+            raise UserError(f"{key}={config[key]} is no number of 0 or more")
+    if not isinstance(config.init, str):
+        raise UserError(f"init={config.init} are several; outside of grid= give one")

@@ -1,0 +1,256 @@
+"""Self-training of classifiers: teacher, pseudo-labels, student and control, each in a folder of the run.
+
+Noisy Student (Xie et al. 2020, arXiv 1911.04252) in the three steps that detection takes: see ``sslzoo.selftrain``.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from sslzoo.checkpoints.classifier import load_tuned
+from sslzoo.config import composed
+from sslzoo.data.images import NAMES, ImageSet
+from sslzoo.data.module import Images, clean_batches
+from sslzoo.data.pseudo_classes import PseudoClasses, quality
+from sslzoo.errors import UserError
+from sslzoo.report.progress import console
+from sslzoo.selftrain import LossBalance, confident, equal_classes
+from sslzoo.tasks import finetune
+from sslzoo.tasks.parts import (
+    check_numbers,
+    check_typed,
+    initial,
+    initial_name,
+    outcome,
+    own_settings,
+    students,
+    trained,
+    words_of,
+)
+from sslzoo.tasks.runs import device, provenance, write_summary
+from sslzoo.tasks.training import started
+
+# Settings of task=finetune that a run of self-training gives its parts, and what to type instead
+GIVEN = {
+    "backbone": "init",
+    "data.label_fraction": "label_fraction",
+    "task.pseudo": "threshold",
+    "task.every_epochs": "looks",
+    "task.optim.warmup_epochs": "warmup",
+    "trainer.max_steps": "steps",
+    "trainer.max_epochs": "steps",
+}
+SCORE = "finetune_top1"
+
+
+def run(config: DictConfig, overrides: Sequence[str]) -> dict:
+    """Train, label, train again: what is there already is not done again."""
+    check_typed(overrides, GIVEN, "task.views.*")
+    images = check(config, overrides)
+    run_dir = started(config, overrides)
+    train = partial(part, config, overrides, images)
+    teacher = train(run_dir / "teacher", config.steps, None)
+    label = partial(labelled, config)
+    found = students(run_dir, teacher, config.iterations, train, label, SCORE)
+    student, control = found["student"], found["control"]
+    summary = {
+        "task": "selftrain",
+        "method": teacher["method"],
+        "data": teacher["data"],
+        "backbone": teacher["initial_backbone"],
+        "pretrained": teacher["pretrained"],
+        "init": str(config.init),
+        "label_fraction": config.label_fraction,
+        "labelled_images": images,
+        "top1": student[SCORE],
+        "top1_interval": student[f"{SCORE}_interval"],
+        **found,
+        "supervised": told(teacher),
+        "student": told(student),
+        "control": told(control),
+        **provenance(config, overrides),
+    }
+    write_summary(run_dir, summary)
+    start = f"init {config.init}, {images} labelled images of {summary['data']}"
+    line = outcome("top-1", teacher[SCORE], found, SCORE)
+    console.print(f"{start}: {line} -> {run_dir}/summary.json", markup=False)
+    return summary
+
+
+def told(summary: dict) -> dict:
+    """What of a part's own summary goes into the run's."""
+    names = ("steps", "images_seen", "labelled_images", "seconds", "loss", "start")
+    scores = {"top1": summary[SCORE], "top1_interval": summary[f"{SCORE}_interval"], "top5": summary["finetune_top5"]}
+    return scores | {name: summary[name] for name in names}
+
+
+# Parts that train
+
+
+def part(
+    config: DictConfig, overrides: Sequence[str], images: int, place: Path, steps: int, pseudo: Path | None
+) -> dict:
+    """The summary of the part in ``place``, see ``trained``; ``pseudo`` is a folder of pseudo-labels."""
+    return trained(config, place, lambda: part_words(config, overrides, steps, images, pseudo))
+
+
+def part_words(
+    config: DictConfig, overrides: Sequence[str], steps: int, images: int, pseudo: Path | None = None
+) -> list[str]:
+    """What to type for one part as a run of its own, ``task=finetune ...``.
+
+    Args:
+        config: of self-training.
+        overrides: what was typed.
+        steps: of the optimizer.
+        images: labelled ones.
+        pseudo: a folder of pseudo-labels.
+    """
+    an_epoch = max(1, images // config.data.batch_size)
+    file = None if pseudo is None else str(pseudo / "labels.npz")
+    given = {
+        "backbone": initial_name(config),
+        "task.pseudo": None if file is None else {"file": file, "soft": config.soft, "alpha": config.alpha},
+        "task.every_epochs": max(1, steps // an_epoch // config.looks),
+        "task.optim.warmup_epochs": config.warmup * steps / an_epoch,
+        "trainer.max_steps": steps,
+        "trainer.max_epochs": -1,
+    }
+    return words_of("finetune", config, overrides, own_settings("selftrain_classes"), given)
+
+
+# The part that labels
+
+
+def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
+    """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there.
+
+    Raises:
+        UserError: if too few images are named surely enough for one batch.
+    """
+    done = place / "summary.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    seen = finetune.ready(OmegaConf.load(teacher / "config.yaml"), [])  # the images as the teacher saw them
+    whole = seen.whole
+    rows = unlabelled(whole, seen.rows)
+    console.print(f"labelling {len(rows)} images of {whole.name} with {teacher}")
+    network = load_tuned(teacher).to(device(config)[0])
+    rows, probabilities = answers(network, whole, seen.data, rows)
+    sure = confident(probabilities, config.threshold)
+    if len(sure) < config.data.batch_size:
+        raise UserError(
+            f"only {len(sure)} of {len(rows)} unlabelled images have a class of probability {config.threshold:g} or"
+            f" more, and a batch takes {config.data.batch_size} (the best has {probabilities.max(initial=0):.2f}): the"
+            " teacher is too unsure; set a lower threshold, or train longer with steps="
+        )
+    taken = sure if config.per_class is None else equal_classes(probabilities, sure, config.per_class)
+    pseudo = PseudoClasses(rows, probabilities, taken)
+    place.mkdir(exist_ok=True)
+    pseudo.write(place / "labels.npz", whole)
+    counts = {
+        name: np.bincount(probabilities[chosen].argmax(1), minlength=len(whole.classes)).tolist()
+        for name, chosen in (("confident", sure), ("taken", taken))
+    }
+    summary = {
+        "threshold": config.threshold,
+        "soft": config.soft,
+        "images": len(rows),
+        "confident_images": len(sure),
+        "taken_images": len(taken),
+        "per_class": dict(zip(whole.classes, counts["taken"], strict=True)),
+        "confident_per_class": dict(zip(whole.classes, counts["confident"], strict=True)),
+        **quality(pseudo, whole.labels),
+    }
+    write_summary(place, summary)
+    tell(summary)
+    return summary
+
+
+def unlabelled(whole: ImageSet, rows: np.ndarray) -> np.ndarray:
+    """All rows but those whose labels are used.
+
+    Raises:
+        UserError: if there are none.
+    """
+    others = np.setdiff1d(np.arange(len(whole)), rows)
+    if not len(others):
+        raise UserError(
+            f"all {len(whole)} training images of {whole.name} are used with their labels, none is left to label; set"
+            " label_fraction= below 1"
+        )
+    return others
+
+
+@torch.no_grad()
+def answers(network: nn.Module, images: ImageSet, data: Images, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The softmax of ``network``, in eval mode and without augmentation.
+
+    Args:
+        network: of class scores, ``(B, 3, H, W) -> (B, C)``.
+        data: says which view has no augmentation, and what damaged files do.
+        rows: ``(n,)``.
+
+    Returns:
+        The rows that could be read, and ``(n, C)`` float32.
+    """
+    weight = next(network.eval().parameters())
+    found = [
+        (network(x.to(weight.device, weight.dtype)).float().softmax(1).cpu().numpy(), part)
+        for x, part in clean_batches(images, data.clean, rows=rows, on_error=data.on_error)
+    ]
+    probabilities, read = zip(*found, strict=True)
+    return np.concatenate(read), np.concatenate(probabilities)
+
+
+def tell(pseudo: dict) -> None:
+    """The lines that pseudo-labels are announced with."""
+    judged = f"; {pseudo['right']:.1%} of them are right by held-back labels" if pseudo.get("right") is not None else ""
+    if judged:
+        judged += f" ({pseudo['right_of_all']:.1%} of all)"
+    console.print(
+        f"{pseudo['confident_images']} of {pseudo['images']} images have a class of probability"
+        f" {pseudo['threshold']:g} or more{judged}; the student takes {pseudo['taken_images']}"
+    )
+    counts = pseudo["per_class"]
+    missing = [name for name, count in counts.items() if not count]
+    console.print(f"images a class: {min(counts.values())} to {max(counts.values())}")
+    if missing:
+        console.print(f"warning: no image for {len(missing)} of {len(counts)} classes, e.g. {missing[0]}")
+
+
+# Before anything is written
+
+
+def check(config: DictConfig, overrides: Sequence[str]) -> int:
+    """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images."""
+    if config.data.name not in NAMES:
+        raise UserError(f"data={config.data.name} has no classes of images; choose one of data={', data='.join(NAMES)}")
+    check_numbers(config, ("steps", "looks", "iterations"), ("warmup",))
+    if config.per_class is not None:
+        check_numbers(config, ("per_class",), ())
+    if not isinstance(config.soft, bool):
+        raise UserError(f"soft={config.soft} is neither true nor false")
+    LossBalance(config.alpha)
+    confident(np.zeros((0, 1)), config.threshold)
+    if config.trainer.accumulate_grad_batches != 1:
+        raise UserError("task=selftrain does not accumulate gradients: set trainer.accumulate_grad_batches=1")
+    initial(config)
+    words = part_words(config, overrides, config.steps, config.data.batch_size)
+    seen = finetune.ready(composed(words), words)
+    images = len(seen.rows)
+    if images < config.data.batch_size:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} is more than the {images} labelled images; set data.batch_size"
+            f" to at most {images}, or label_fraction= higher"
+        )
+    others = len(unlabelled(seen.whole, seen.rows))
+    if others < config.data.batch_size:
+        raise UserError(f"data.batch_size={config.data.batch_size} is more than the {others} images left to label")
+    return images
