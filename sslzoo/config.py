@@ -36,7 +36,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: on a choice or key that does not exist, naming those that do.
     """
-    overrides = by_kind_of_data(overrides)
+    overrides = by_kind(overrides)
     for override in overrides:
         key, sep, value = override.partition("=")
         if not sep:
@@ -55,10 +55,18 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def by_kind_of_data(overrides: Sequence[str]) -> list[str]:
-    """What ``overrides`` mean: ``task=selftrain`` has settings of its own for data of images to classify."""
-    classified = {f"data={name}" for name in NAMES} & set(overrides)
-    return [f"{each}_classes" if classified and each == "task=selftrain" else each for each in overrides]
+def by_kind(overrides: Sequence[str]) -> list[str]:
+    """What ``overrides`` mean: ``task=selftrain`` has own settings for images to classify, and for class maps."""
+    if "task=selftrain" not in overrides:
+        return list(overrides)
+    from sslzoo.downstream.segmenters import MODELS  # seconds to import, which few commands need
+
+    kinds = {
+        "selftrain_classes": {f"data={name}" for name in NAMES},
+        "selftrain_maps": {f"task.model={name}" for name in MODELS} | {"data=cityscapes"},
+    }
+    chosen = next((kind for kind, words in kinds.items() if words & set(overrides)), "selftrain")
+    return [f"task={chosen}" if each == "task=selftrain" else each for each in overrides]
 
 
 def _unknown_key(overrides: Sequence[str]) -> str | None:

@@ -73,6 +73,12 @@ def check_threshold(threshold: float | str) -> None:
         raise UserError(f"threshold={threshold} is neither a score from 0 to 1 nor {MATCH_DENSITY}")
 
 
+def check_probability(name: str, value: object) -> None:
+    """Refuse, by UserError, a setting that is no probability."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise UserError(f"{name}={value} is no probability; give 0 to 1, e.g. 0.5")
+
+
 def _inside(images: BoxSet, i: int, found: dict, smallest: float) -> dict:
     """One image's boxes cut to it, as arrays; without the small ones."""
     height, width = images.sizes[i].tolist()
@@ -101,8 +107,7 @@ def confident(probabilities: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     Raises:
         UserError: on a threshold that is no probability.
     """
-    if isinstance(threshold, bool) or not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
-        raise UserError(f"threshold={threshold} is no probability; give 0 to 1, e.g. 0.5, or 0.3 for soft labels")
+    check_probability("threshold", threshold)
     return np.flatnonzero(probabilities.max(1, initial=0) >= threshold)
 
 

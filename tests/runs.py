@@ -10,10 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from sslzoo.__main__ import main
 from sslzoo.data.decode import CorruptImage
 from sslzoo.data.images import ImageSet
 from sslzoo.data.module import Images
 from sslzoo.method import Batch, Method
+from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.views import Clean, View, Views
@@ -97,6 +99,27 @@ def weights(module: nn.Module) -> Tensor:
 
 class Killed(Exception):
     """What ends a run in the middle."""
+
+
+def dies_in(part: Path, step: int):
+    """``Metrics.on_train_batch_start`` of a process that is killed before a step of the run in the folder ``part``."""
+    original = Metrics.on_train_batch_start
+
+    def die(self, trainer, *rest):
+        if trainer.global_step == step and part.is_dir() and not (part / "summary.json").is_file():
+            raise Killed
+        original(self, trainer, *rest)
+
+    return die
+
+
+def in_this_process(commands, logs, jobs, tick):
+    """Cells one after the other, without the seconds that a process takes to start."""
+    codes = {}
+    for name, words in commands.items():
+        codes[name] = main(words)
+        tick(codes)
+    return {name: "it failed" for name, code in codes.items() if code}
 
 
 def checkpoint_of(run_dir: Path) -> dict:

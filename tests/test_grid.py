@@ -127,9 +127,14 @@ def test_the_table_can_be_read_at_several_step_counts(fraction):
 
 
 def test_what_cells_were_made_of_is_said_and_what_is_missing_left_out(fraction):
-    part = {"train_images": 200, "steps": 500, "images_seen": 8000}
+    part = {"steps": 500, "images_seen": 8000}
     pseudo = {"boxes_per_image": 1.234, "labelled_boxes_per_image": 2.5, "threshold": 0.5, "images": 800, "empty": 0.25}
-    about = {"supervised": part, "student": {**part, "images_seen": 16000}, "control": {**part, "images_seen": 16000}}
+    about = {
+        "labelled_images": 200,
+        "supervised": part,
+        "student": {**part, "images_seen": 16000},
+        "control": {**part, "images_seen": 16000},
+    }
     fraction.runs[SELF, TWENTY] = [about | {"pseudo": pseudo}]
     made = markdown(fraction).split("## What the cells were made of")[1].split("##")[0]
     assert "| random + self-training: images seen, student | 16000 |  |" in made
@@ -151,8 +156,8 @@ def test_the_csv_has_every_look(fraction):
     assert [(row["part"], row["step"], row["steps"]) for row in looks] == [
         ("supervised", str(step), "100") for step in (25, 50, 75, 100)
     ]
-    assert float(looks[-1]["map"]) == pytest.approx(0.33)
-    controls = [float(row["map"]) for row in rows if row["part"] == "control" and row["column"] == "100%"]
+    assert float(looks[-1]["score"]) == pytest.approx(0.33)
+    controls = [float(row["score"]) for row in rows if row["part"] == "control" and row["column"] == "100%"]
     assert controls == pytest.approx([0.45, 0.452, 0.454])
 
 

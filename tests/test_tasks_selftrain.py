@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from boxed import write_coco
-from runs import Killed, checkpoint_of
+from runs import Killed, checkpoint_of, dies_in, in_this_process
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints import save_backbone
@@ -19,7 +19,7 @@ from sslzoo.data.boxes import labelled_images
 from sslzoo.monitor import Metrics
 from sslzoo.tasks import selftrain_grid
 from sslzoo.tasks.parts import own_settings, word
-from sslzoo.tasks.selftrain import part_words, steps_of
+from sslzoo.tasks.selftrain_cell import part_words, steps_of
 
 
 def squares(root, split: str, count: int, seed: int) -> dict:
@@ -119,15 +119,8 @@ def test_no_left_out_image_teaches_and_no_labelled_one_is_labelled_again(finishe
 def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
     unbroken, summary = finished
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == step and (run_dir / part).is_dir() and not (run_dir / "control").is_dir():
-            raise Killed
-        original(self, trainer, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
+        patch.setattr(Metrics, "on_train_batch_start", dies_in(run_dir / part, step))
         with pytest.raises(Killed):
             run(command(root, f"run_dir={run_dir}"))
     teacher = (run_dir / "teacher" / "last.ckpt").stat().st_mtime_ns
@@ -216,19 +209,15 @@ def backbone(tmp_path_factory):
     return save_backbone(encoder, tmp_path_factory.mktemp("moco") / "backbone.safetensors", **about)
 
 
-def in_this_process(commands, logs, jobs, tick):
-    """Cells one after the other, without the seconds that a process takes to start."""
-    codes = {}
-    for name, words in commands.items():
-        codes[name] = main(words)
-        tick(codes)
-    return {name: "it failed" for name, code in codes.items() if code}
-
-
 @pytest.mark.slow
 def test_a_grid_killed_and_resumed_equals_an_unbroken_one_and_repeats_nothing(tmp_path, monkeypatch, root, backbone):
     monkeypatch.setattr(selftrain_grid, "together", in_this_process)
-    for where in ("detect.curves", "detect.predictions", "labelling.predictions", "labelling.score_histogram"):
+    for where in (
+        "detect.curves",
+        "detect.predictions",
+        "selftrain_boxes.predictions",
+        "selftrain_boxes.score_histogram",
+    ):
         monkeypatch.setattr(f"sslzoo.tasks.{where}", lambda *_, **__: None)  # pictures take longer than these steps
     words = [*command(root, "steps=2"), "grid=fraction", "fractions=[0.5]", f"init={backbone}"]
     words.remove("label_fraction=0.5")

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from runs import Killed, archive, checkpoint_of
+from runs import Killed, archive, checkpoint_of, dies_in, in_this_process
 from sslzoo.__main__ import main, run
+from sslzoo.blocks import Encoder
+from sslzoo.checkpoints import save_backbone
 from sslzoo.config import composed, keys_of
 from sslzoo.data.pseudo_classes import PseudoClasses
 from sslzoo.data.subsets import balanced
 from sslzoo.monitor import Metrics
-from sslzoo.tasks import finetune
+from sslzoo.tasks import finetune, selftrain_grid
 from sslzoo.tasks.parts import own_settings
-from sslzoo.tasks.selftrain_classes import part_words
+from sslzoo.tasks.selftrain_cell import part_words
 
 PARTS = ("teacher", "student", "control")
 
@@ -123,15 +125,8 @@ def test_a_students_batches_are_half_human_and_half_pseudo(finished, root, soft)
 def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
     unbroken, summary = finished
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == step and (run_dir / part).is_dir():
-            raise Killed
-        original(self, trainer, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
+        patch.setattr(Metrics, "on_train_batch_start", dies_in(run_dir / part, step))
         with pytest.raises(Killed):
             run(command(root, f"run_dir={run_dir}"))
     assert not (run_dir / "control").exists()
@@ -192,6 +187,36 @@ def test_the_kind_of_the_data_decides_what_is_learned(data, classes):
     assert "model" in composed(["task=selftrain"]).task
 
 
+# Grids
+
+
+@pytest.mark.slow
+def test_a_grid_of_classifiers_has_the_form_of_detections_and_no_published_ap(tmp_path, monkeypatch, root):
+    monkeypatch.setattr(selftrain_grid, "together", in_this_process)
+    torch.manual_seed(5)
+    about = {"method": "moco", "mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 16, "config_hash": ""}
+    backbone = save_backbone(
+        Encoder("resnet10t", width=0.125, stem="small"), tmp_path / "backbone.safetensors", **about
+    )
+    words = [*command(root), f"init={backbone}", "fractions=[0.5]", "steps=2", "monitor.log_every=2"]
+    words = [each for each in words if not each.startswith(("label_fraction", "checkpoint", "threshold"))]
+    summary = run([*words, "threshold=0.0", "grid=fraction", f"run_dir={tmp_path / 'grid'}"])
+    table = (tmp_path / "grid" / "table.md").read_text()
+    assert table.startswith("## grid=fraction, npz: top-1 in %")
+    assert "paper:" not in table.split("##")[1]
+    assert (tmp_path / "grid" / "figure.png").is_file()
+    cells = {name: summary_of(tmp_path / "grid" / "cells" / name) for name in summary["cells"]}
+    assert {cell["init"] for cell in cells.values()} == {"random", str(backbone)}
+    rows = {
+        row[0]: row[1] for row in (line.strip("| ").split(" | ") for line in table.splitlines() if line.count("|") == 3)
+    }
+    for cell in cells.values():
+        name = "random" if cell["init"] == "random" else "moco"
+        assert rows[name] == f"{100 * cell['supervised']['top1']:.1f} (1)"
+        assert rows[f"{name} + self-training"].startswith(f"{100 * cell['top1']:.1f} (1) ")
+        assert rows[f"{name}, control of as many images"].startswith(f"{100 * cell['control']['top1']:.1f} (1) ")
+
+
 # Mistakes
 
 
@@ -210,6 +235,7 @@ def test_the_kind_of_the_data_decides_what_is_learned(data, classes):
         (["data.batch_size=32"], "data.batch_size=32 is more than the 16 labelled images"),
         (["data.label_fraction=0.2"], "type label_fraction= instead"),
         (["trainer.max_steps=9"], "type steps= instead"),
+        (["grid=augment", "init=timm/resnet18"], "s1 to s4, which images to classify do not have; take grid=fraction"),
         (["optim.lr=1"], "for task=selftrain type task.optim.* or task.views.*"),
         (["trainer.accumulate_grad_batches=2"], "does not accumulate gradients"),
     ],

@@ -77,16 +77,18 @@ def load_unlabelled(
     label_fraction: float = 1.0,
     class_agnostic: bool = False,
     on_error: str = "raise",
+    segmentation: bool = False,
     seed: int = 0,
 ) -> BoxSet:
     """The images that self-training may label: the training images that ``label_fraction`` leaves, and unlabeled2017.
 
-    ``scenes`` has ``scenes.unlabelled_folder()`` for the latter, if its root has none.
+    ``scenes`` has ``scenes.unlabelled_folder()`` for the latter, if its root has none; ``segmentation`` is that of
+    ``load_boxes``.
 
     Raises:
         UserError: if there are none.
     """
-    train, _ = _whole(name, root, annotations, years, classes, on_error, masks=False, segmentation=False)
+    train, _ = _whole(name, root, annotations, years, classes, on_error, masks=False, segmentation=segmentation)
     rest = np.setdiff1d(np.arange(len(train)), labelled_images(len(train), label_fraction, seed))
     parts = [train.subset(rest).unlabelled()] if len(rest) else []
     top = _more(name, root)
@@ -113,21 +115,23 @@ def held_back(
     label_fraction: float = 1.0,
     class_agnostic: bool = False,
     on_error: str = "raise",
+    masks: bool = False,
+    segmentation: bool = False,
     seed: int = 0,
 ) -> list[BoxSet]:
     """True labels of those images of ``load_unlabelled`` that have some: to judge pseudo-labels by, never to train on.
 
     The training images that ``label_fraction`` leaves, and unlabeled2017 where there is an
-    ``annotations/instances_unlabeled2017.json``.
+    ``annotations/instances_unlabeled2017.json``; ``masks`` and ``segmentation`` are those of ``load_boxes``.
     """
-    train, _ = _whole(name, root, annotations, years, classes, on_error, masks=False, segmentation=False)
+    train, _ = _whole(name, root, annotations, years, classes, on_error, masks, segmentation)
     rest = np.setdiff1d(np.arange(len(train)), labelled_images(len(train), label_fraction, seed))
     parts = [train.subset(rest)] if len(rest) else []
     top = _more(name, root)
     file = top / "annotations" / "instances_unlabeled2017.json"
     if name != "voc" and file.is_file():
         categories = dict(zip(train.category_ids, train.classes, strict=True))
-        parts.append(read_coco(file, top / "unlabeled2017", name, False, on_error, categories))
+        parts.append(read_coco(file, top / "unlabeled2017", name, masks, on_error, categories))
     return [part.agnostic() for part in parts] if class_agnostic else parts
 
 

@@ -66,3 +66,24 @@ def load_maps(settings: Mapping, seed: int = 0) -> tuple[MapSet, MapSet]:
     if len(train.map_classes) > IGNORE:
         raise UserError(f"data={name} has {len(train.classes)} classes, and class maps hold at most {IGNORE - 1}")
     return train, val
+
+
+def load_unlabelled_maps(settings: Mapping, seed: int = 0) -> tuple[MapSet, list[MapSet]]:
+    """The images that self-training may label, and sets with the true maps of some of them, to judge its labels by.
+
+    Args:
+        settings, seed: see ``load_maps``; what its ``label_fraction`` leaves of the training images is here, and
+            unlabeled2017 where there is one.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if settings["name"] != "cityscapes":
+        asked = {**boxes.chosen(settings), "segmentation": True, "seed": seed}
+        return boxes.load_unlabelled(**asked), boxes.held_back(**asked, masks=True)
+    train = read_cityscapes(settings["root"], "train", settings["on_error"])
+    used = boxes.labelled_images(len(train), settings["label_fraction"], seed)
+    rest = np.setdiff1d(np.arange(len(train)), used)
+    if not len(rest):
+        raise UserError("data=cityscapes has no unlabelled images; pass data.label_fraction below 1")
+    return train.subset(rest), [train.subset(rest)]

@@ -28,9 +28,14 @@ def write_maps(folder: Path, images: MapSet, maps: Iterable[Tensor]) -> None:
     """``folder/IMAGE.png`` for every image of the set: class numbers, with PASCAL's colours as palette."""
     folder.mkdir(exist_ok=True)
     for image, found in zip(images.image_ids, maps, strict=True):
-        picture = Image.fromarray(found.numpy())
-        picture.putpalette(palette().tobytes())
-        write_whole(folder / f"{image}.png", lambda partial, picture=picture: picture.save(partial, format="PNG"))
+        write_map(folder / f"{image}.png", found)
+
+
+def write_map(path: Path, found: Tensor) -> None:
+    """Class numbers ``(H, W)`` uint8 as a PNG, with PASCAL's colours as palette."""
+    picture = Image.fromarray(found.numpy())
+    picture.putpalette(palette().tobytes())
+    write_whole(path, lambda partial: picture.save(partial, format="PNG"))
 
 
 def curves(rows: list[dict], path: str | Path, title: str) -> Path:

@@ -75,22 +75,24 @@ class Column:
 
 @dataclass
 class Grid:
-    """What is known of a grid's cells; values are AP from 0 to 1.
+    """What is known of a grid's cells; values are from 0 to 1.
 
     Attributes:
         kind: ``fraction``, ``augment`` or ``init``.
         data: name of the set.
         rows, columns: in the table's order.
-        scores: (row, column) -> AP by seed.
-        controls: of a row with self-training: AP of the labels alone, from as many images as the student saw.
+        metric: ``AP`` of boxes or masks, ``mIoU`` of pixels, ``top-1`` of images.
+        scores: (row, column) -> score by seed.
+        controls: of a row with self-training: that of the labels alone, from as many images as the student saw.
         runs: (row, column) -> what cells said of themselves: parts, pseudo-labels.
-        curves: (row, column) -> for each seed ``(step, of all steps, AP)`` along the run.
+        curves: (row, column) -> for each seed ``(step, of all steps, score)`` along the run.
     """
 
     kind: str
     data: str
     rows: list[Row]
     columns: list[Column]
+    metric: str = "AP"
     scores: dict[tuple[Row, Column], Cell] = field(default_factory=dict)
     controls: dict[tuple[Row, Column], Cell] = field(default_factory=dict)
     runs: dict[tuple[Row, Column], list[dict]] = field(default_factory=dict)
@@ -108,6 +110,8 @@ class Grid:
 
     def published(self, row: Row, column: Column) -> float | None:
         """The paper's AP in percent, where it has this cell."""
+        if self.metric != "AP":
+            return None
         if self.kind == "init":
             whole = (column.augment, column.label_fraction) == ("s4", 1.0)
             return PUBLISHED_RESNET50.get((row.init, row.self_training)) if whole else None
@@ -129,7 +133,7 @@ def value(cell: Cell) -> str:
 
 
 def along(curves: Sequence[Sequence[tuple[int, int, float]]], share: float) -> float | None:
-    """AP at the look nearest to ``share`` of the steps, the mean over seeds; None where a seed has no look near it."""
+    """The score at the look nearest to ``share`` of the steps, the seeds' mean; None where one has no look near it."""
     found = []
     for looks in curves:
         near = [look for look in looks if abs(look[0] - share * look[1]) <= NEAR * look[1]]
@@ -144,7 +148,7 @@ def along(curves: Sequence[Sequence[tuple[int, int, float]]], share: float) -> f
 
 def markdown(grid: Grid) -> str:
     """``table.md``: the paper's form, what it cost, and the same earlier in the runs."""
-    parts = [f"## grid={grid.kind}, {grid.data}: AP in %\n", _table(grid), LEGENDS[grid.kind] + LEGEND]
+    parts = [f"## grid={grid.kind}, {grid.data}: {grid.metric} in %\n", _table(grid), LEGENDS[grid.kind] + LEGEND]
     if any(grid.runs.values()):
         parts += ["## What the cells were made of\n", _made_of(grid)]
     for share in SHARES:
@@ -203,7 +207,7 @@ def _lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 COSTS = (
-    ("labelled images", lambda run: run["supervised"]["train_images"], "{:.0f}"),
+    ("labelled images", lambda run: run["labelled_images"], "{:.0f}"),
     ("steps, supervised", lambda run: run["supervised"]["steps"], "{:.0f}"),
     ("steps, student", lambda run: run["student"]["steps"], "{:.0f}"),
     ("images seen, supervised", lambda run: run["supervised"]["images_seen"], "{:.0f}"),
@@ -215,7 +219,10 @@ COSTS = (
     ("images labelled", lambda run: run["pseudo"]["images"], "{:.0f}"),
     ("images without a pseudo-box", lambda run: run["pseudo"]["empty"], "{:.0%}"),
     ("precision of pseudo-boxes", lambda run: run["pseudo"]["precision"], "{:.2f}"),
-    ("recall of pseudo-boxes", lambda run: run["pseudo"]["recall"], "{:.2f}"),
+    ("recall of pseudo-labels", lambda run: run["pseudo"]["recall"], "{:.2f}"),
+    ("pixels with a pseudo-label", lambda run: run["pseudo"]["labelled_pixels"], "{:.0%}"),
+    ("images with a pseudo-label", lambda run: run["pseudo"]["confident_images"], "{:.0f}"),
+    ("pseudo-labels that are right", lambda run: run["pseudo"]["right"], "{:.0%}"),
 )
 
 
@@ -257,7 +264,7 @@ LEGEND = (
 
 CSV = (
     *("grid", "data", "setup", "init", "self_training", "column", "augment", "label_fraction", "seed", "part"),
-    *("step", "steps", "map"),
+    *("step", "steps", "metric", "score"),
 )
 
 
@@ -273,15 +280,15 @@ def csv_text(grid: Grid) -> str:
             seeds = list(grid.scores[row, column].by_seed) if (row, column) in grid.scores else []
             for seed, looks in zip(seeds, grid.curves.get((row, column), []), strict=False):
                 part = "student" if row.self_training else "supervised"
-                writer.writerows((*about, seed, part, *look) for look in looks)
+                writer.writerows((*about, seed, part, *look[:2], grid.metric, look[2]) for look in looks)
             if (row, column) in grid.controls:
                 for seed, scores in grid.controls[row, column].by_seed.items():
-                    writer.writerow((*about, seed, "control", "", "", statistics.fmean(scores)))
+                    writer.writerow((*about, seed, "control", "", "", grid.metric, statistics.fmean(scores)))
     return text.getvalue()
 
 
 def figure(grid: Grid, path: str | Path) -> Path:
-    """``figure.png``, in the form of the paper's Figure 1: AP over columns, a line a row, controls dotted."""
+    """``figure.png``, in the form of the paper's Figure 1: scores over columns, a line a row, controls dotted."""
     drawn = Figure(figsize=(1.3 * len(grid.columns) + 3.5, 3.6))
     axes = drawn.subplots()
     colours = dict(zip(dict.fromkeys(row.init for row in grid.rows), (BLUE, ORANGE, GREEN, RED, INK) * 3, strict=False))
@@ -299,7 +306,7 @@ def figure(grid: Grid, path: str | Path) -> Path:
     axes.set_xticks(range(len(grid.columns)), _names(grid))
     axes.set_xlim(-0.4, len(grid.columns) - 0.6)
     wanted = {"fraction": "part of the labels", "augment": "augmentation", "init": ""}
-    axes.set(title=f"{grid.data}: pre-training and self-training", xlabel=wanted[grid.kind], ylabel="AP, %")
+    axes.set(title=f"{grid.data}: pre-training and self-training", xlabel=wanted[grid.kind], ylabel=f"{grid.metric}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return save(drawn, path)

@@ -53,7 +53,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if config.resume is not None:
         config, checkpoint = resumed(config, overrides)
     refuse_pretraining(overrides, "detect", "task.optim.* or task.augment")
-    task, masks = config.task, str(config.task.model).startswith("mask")
+    task, masks = config.task, with_masks(config)
     if config.data.label_list is not None:
         raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
     check_metric(task.metric)
@@ -139,6 +139,11 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     tell_skipped(data.skipped)
     report(summary, run_dir)
     return summary
+
+
+def with_masks(config: DictConfig) -> bool:
+    """Whether the detector finds masks too."""
+    return str(config.task.model).startswith("mask")
 
 
 def load_sets(config: DictConfig, masks: bool) -> tuple[BoxSet, BoxSet]:

@@ -5,17 +5,32 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints.backbone import load_backbone
 from sslzoo.config import CONF, composed, keys_of, plain
+from sslzoo.data.box_set import BoxSet
+from sslzoo.data.cityscapes import Cityscapes
 from sslzoo.errors import UserError
 from sslzoo.tasks import task
 from sslzoo.tasks.jobs import several_devices, together
 from sslzoo.tasks.training import refuse_pretraining
 
+SET_HERE = {  # settings of a part that self-training sets itself -> what to type instead
+    "backbone": "init",
+    "data.label_fraction": "label_fraction",
+    "task.pseudo": "threshold",
+    "task.every_epochs": "looks",
+    "task.optim.warmup_epochs": "warmup",
+    "trainer.max_steps": "steps",
+    "trainer.max_epochs": "steps",
+}
 Train = Callable[[Path, int, Path | None], dict]  # of a folder, steps and a folder of pseudo-labels: a part's summary
 Label = Callable[[Path, Path], dict]  # of a teacher's folder and one for its labels: what is said of them
 
@@ -132,7 +147,8 @@ def word(value: object) -> str:
 
 def own_settings(name: str = "selftrain") -> set[str]:
     """Names of the settings that ``conf/task/NAME.yaml`` has beside those of what it trains."""
-    return set(OmegaConf.load(CONF / "task" / f"{name}.yaml")) - {"defaults", "task"}
+    files = (CONF / "selftrain" / "base.yaml", CONF / "task" / f"{name}.yaml")
+    return {key for file in files for key in OmegaConf.load(file)} - {"defaults", "task"}
 
 
 def initial_name(config: DictConfig) -> str:
@@ -155,6 +171,24 @@ def initial(config: DictConfig) -> Encoder:
             )
         return encoder
     return load_backbone(config.init, config.pretrained, plain(config.encoder))
+
+
+def trained_weights(run_dir: Path) -> dict[str, Tensor]:
+    """The learner's weights and buffers in a part's checkpoint, a student's without its balance."""
+    state = torch.load(run_dir / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    inner = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
+    return inner or state
+
+
+Set = TypeVar("Set", BoxSet, Cityscapes)
+
+
+def at_most(limit: int | None, images: Set, seed: int) -> Set:
+    """``limit`` images of a set, all of them for None; fewer lie among more."""
+    if limit is None or limit >= len(images):
+        return images
+    order = np.random.default_rng([seed, len(images)]).permutation(len(images))
+    return images.subset(np.sort(order[:limit]))
 
 
 # Before anything is written

@@ -11,7 +11,9 @@ from sslzoo.config import built, plain
 from sslzoo.data.box_module import Boxes
 from sslzoo.data.box_views import STRENGTHS
 from sslzoo.data.map_module import map_example
-from sslzoo.data.maps import load_maps
+from sslzoo.data.maps import MapSet, load_maps, load_unlabelled_maps
+from sslzoo.data.mixed import Mixed
+from sslzoo.data.pseudo_maps import PseudoMaps
 from sslzoo.downstream import segmenters
 from sslzoo.downstream.evaluate import Evaluate
 from sslzoo.downstream.segmentation import Segmentation, drawn, looked
@@ -22,6 +24,7 @@ from sslzoo.optim import Optim
 from sslzoo.report.class_maps import curves, predictions, some_rows, write_maps
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.progress import Bar, console
+from sslzoo.selftrain import LossBalance, Student, fingerprint
 from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
@@ -47,14 +50,18 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
-    data = load_data(config)
-    train, val = data.train, data.val
-    segmenter = build_segmenter(sized, encoder, len(train.map_classes))
+    train, val = load_sets(config)
+    data = batches(config, train, val)
     optim = built(task.optim, "task.optim", Optim, batch_size=data.batch_size)
-    module = Segmentation(segmenter, optim, task.clip, task.size if STRENGTHS[task.augment].of_crop else None)
-    module.seed = config.seed
+    module = learner = build_learner(sized, encoder, len(train.map_classes), optim)
+    start = fingerprint(learner)
+    if task.pseudo is not None:
+        labelled = PseudoMaps.read(task.pseudo, load_unlabelled_maps(plain(config.data), config.seed)[0])
+        others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
+        data = Mixed(data, batches(others, labelled, val))
+        module = Student(learner, LossBalance(task.alpha))
     inference = {"scales": list(task.scales), "flip": task.flip}
-    evaluate = Evaluate(lambda trained: looked(trained, val, **inference), task.every_epochs)
+    evaluate = Evaluate(lambda _: looked(learner, val, **inference), task.every_epochs)
     on = device(config)
     leave_cores_to_views(on[0], config)
     named = f"task.model={task.model} on backbone={config.backbone}"
@@ -73,11 +80,11 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
 
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
     curves(rows.rows, run_dir / "curves.png", title)
-    module.to(trainer.strategy.root_device)  # the trainer has taken it from there
+    learner.to(trainer.strategy.root_device)  # the trainer has taken it from there
     if task.save_maps:
-        write_maps(run_dir / "maps", val, drawn(module, val, range(len(val)), **inference))
+        write_maps(run_dir / "maps", val, drawn(learner, val, range(len(val)), **inference))
     shown = some_rows(val)
-    predictions(run_dir / "predictions.png", val, shown, list(drawn(module, val, shown, **inference)), title)
+    predictions(run_dir / "predictions.png", val, shown, list(drawn(learner, val, shown, **inference)), title)
     summary = {
         "task": "segment",
         "method": encoder.metadata["method"],
@@ -93,6 +100,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
         "train_images": len(train),
         "val_images": len(val),
+        "start": start,
         "skipped_images": len(data.skipped),
         "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
         "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
@@ -126,17 +134,30 @@ def check(config: DictConfig, overrides: Sequence[str]) -> None:
         )
 
 
-def load_data(config: DictConfig) -> Boxes:
-    """Batches as ``config`` asks for them, and the held-out set.
+def load_sets(config: DictConfig) -> tuple[MapSet, MapSet]:
+    """The training images and the held-out ones that can be read.
 
     Raises:
         UserError: if these data have no class maps.
     """
+    train, every = load_maps(plain(config.data), config.seed)
+    return train, held_out(every, config.data.on_error, lambda i: (every.picture(i), every.class_map(i)))
+
+
+def batches(config: DictConfig, train: MapSet, val: MapSet) -> Boxes:
+    """Batches of ``train`` as ``config`` asks for them."""
     task, data = config.task, config.data
-    train, every = load_maps(plain(data), config.seed)
-    val = held_out(every, data.on_error, lambda i: (every.picture(i), every.class_map(i)))
     example = map_example(train, task.augment, task.size, config.seed)
     return Boxes(train, val, example, data.batch_size, seed=config.seed, workers=data.workers, on_error=data.on_error)
+
+
+def build_learner(config: DictConfig, encoder: Encoder, classes: int, optim: Optim | None = None) -> Segmentation:
+    """What learns: ``config.task.model`` on ``encoder``, see ``build_segmenter``."""
+    task = config.task
+    segmenter = build_segmenter(config, encoder, classes)
+    learner = Segmentation(segmenter, optim, task.clip, task.size if STRENGTHS[task.augment].of_crop else None)
+    learner.seed = config.seed
+    return learner
 
 
 def build_segmenter(config: DictConfig, encoder: Encoder, classes: int) -> Segmenter:

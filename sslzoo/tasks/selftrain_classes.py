@@ -1,11 +1,9 @@
-"""Self-training of classifiers: teacher, pseudo-labels, student and control, each in a folder of the run.
+"""Self-training of classifiers: what a part learns from, and how a teacher's run names the classes of other images.
 
 Noisy Student (Xie et al. 2020, arXiv 1911.04252) in the three steps that detection takes: see ``sslzoo.selftrain``.
 """
 
 import json
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,115 +12,33 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sslzoo.checkpoints.classifier import load_tuned
-from sslzoo.config import composed
 from sslzoo.data.images import NAMES, ImageSet
 from sslzoo.data.module import Images, clean_batches
 from sslzoo.data.pseudo_classes import PseudoClasses, quality
 from sslzoo.errors import UserError
 from sslzoo.report.progress import console
-from sslzoo.selftrain import LossBalance, confident, equal_classes
+from sslzoo.selftrain import confident, equal_classes
 from sslzoo.tasks import finetune
-from sslzoo.tasks.parts import (
-    check_numbers,
-    check_typed,
-    initial,
-    initial_name,
-    outcome,
-    own_settings,
-    students,
-    trained,
-    words_of,
-)
-from sslzoo.tasks.runs import device, provenance, write_summary
-from sslzoo.tasks.training import started
+from sslzoo.tasks.parts import SET_HERE, check_numbers
+from sslzoo.tasks.runs import device, write_summary
 
-# Settings of task=finetune that a run of self-training gives its parts, and what to type instead
-GIVEN = {
-    "backbone": "init",
-    "data.label_fraction": "label_fraction",
-    "task.pseudo": "threshold",
-    "task.every_epochs": "looks",
-    "task.optim.warmup_epochs": "warmup",
-    "trainer.max_steps": "steps",
-    "trainer.max_epochs": "steps",
-}
-SCORE = "finetune_top1"
+SETTINGS = "selftrain_classes"  # its file in conf/task
+SCORE, NAME = "top1", "top-1"  # of a whole run, and in tables
+PART_SCORE = "finetune_top1"
+INSTEAD = "task.views.*"  # of pretraining's views
+GIVEN = SET_HERE
 
 
-def run(config: DictConfig, overrides: Sequence[str]) -> dict:
-    """Train, label, train again: what is there already is not done again."""
-    check_typed(overrides, GIVEN, "task.views.*")
-    images = check(config, overrides)
-    run_dir = started(config, overrides)
-    train = partial(part, config, overrides, images)
-    teacher = train(run_dir / "teacher", config.steps, None)
-    label = partial(labelled, config)
-    found = students(run_dir, teacher, config.iterations, train, label, SCORE)
-    student, control = found["student"], found["control"]
-    summary = {
-        "task": "selftrain",
-        "method": teacher["method"],
-        "data": teacher["data"],
-        "backbone": teacher["initial_backbone"],
-        "pretrained": teacher["pretrained"],
-        "init": str(config.init),
-        "label_fraction": config.label_fraction,
-        "labelled_images": images,
-        "top1": student[SCORE],
-        "top1_interval": student[f"{SCORE}_interval"],
-        **found,
-        "supervised": told(teacher),
-        "student": told(student),
-        "control": told(control),
-        **provenance(config, overrides),
-    }
-    write_summary(run_dir, summary)
-    start = f"init {config.init}, {images} labelled images of {summary['data']}"
-    line = outcome("top-1", teacher[SCORE], found, SCORE)
-    console.print(f"{start}: {line} -> {run_dir}/summary.json", markup=False)
-    return summary
+def pseudo(config: DictConfig, place: Path) -> dict:
+    """``task.pseudo`` of a student that learns from the labels in ``place``."""
+    return {"file": str(place / "labels.npz"), "soft": config.soft, "alpha": config.alpha}
 
 
-def told(summary: dict) -> dict:
+def told(part: dict) -> dict:
     """What of a part's own summary goes into the run's."""
+    scores = {"top1": part[PART_SCORE], "top1_interval": part[f"{PART_SCORE}_interval"], "top5": part["finetune_top5"]}
     names = ("steps", "images_seen", "labelled_images", "seconds", "loss", "start")
-    scores = {"top1": summary[SCORE], "top1_interval": summary[f"{SCORE}_interval"], "top5": summary["finetune_top5"]}
-    return scores | {name: summary[name] for name in names}
-
-
-# Parts that train
-
-
-def part(
-    config: DictConfig, overrides: Sequence[str], images: int, place: Path, steps: int, pseudo: Path | None
-) -> dict:
-    """The summary of the part in ``place``, see ``trained``; ``pseudo`` is a folder of pseudo-labels."""
-    return trained(config, place, lambda: part_words(config, overrides, steps, images, pseudo))
-
-
-def part_words(
-    config: DictConfig, overrides: Sequence[str], steps: int, images: int, pseudo: Path | None = None
-) -> list[str]:
-    """What to type for one part as a run of its own, ``task=finetune ...``.
-
-    Args:
-        config: of self-training.
-        overrides: what was typed.
-        steps: of the optimizer.
-        images: labelled ones.
-        pseudo: a folder of pseudo-labels.
-    """
-    an_epoch = max(1, images // config.data.batch_size)
-    file = None if pseudo is None else str(pseudo / "labels.npz")
-    given = {
-        "backbone": initial_name(config),
-        "task.pseudo": None if file is None else {"file": file, "soft": config.soft, "alpha": config.alpha},
-        "task.every_epochs": max(1, steps // an_epoch // config.looks),
-        "task.optim.warmup_epochs": config.warmup * steps / an_epoch,
-        "trainer.max_steps": steps,
-        "trainer.max_epochs": -1,
-    }
-    return words_of("finetune", config, overrides, own_settings("selftrain_classes"), given)
+    return scores | {name: part[name] for name in names}
 
 
 # The part that labels
@@ -228,29 +144,31 @@ def tell(pseudo: dict) -> None:
 # Before anything is written
 
 
-def check(config: DictConfig, overrides: Sequence[str]) -> int:
-    """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images."""
+def check(config: DictConfig, part: DictConfig) -> int:
+    """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images.
+
+    Args:
+        config: of self-training.
+        part: of the teacher.
+    """
     if config.data.name not in NAMES:
         raise UserError(f"data={config.data.name} has no classes of images; choose one of data={', data='.join(NAMES)}")
-    check_numbers(config, ("steps", "looks", "iterations"), ("warmup",))
     if config.per_class is not None:
         check_numbers(config, ("per_class",), ())
     if not isinstance(config.soft, bool):
         raise UserError(f"soft={config.soft} is neither true nor false")
-    LossBalance(config.alpha)
     confident(np.zeros((0, 1)), config.threshold)
     if config.trainer.accumulate_grad_batches != 1:
         raise UserError("task=selftrain does not accumulate gradients: set trainer.accumulate_grad_batches=1")
-    initial(config)
-    words = part_words(config, overrides, config.steps, config.data.batch_size)
-    seen = finetune.ready(composed(words), words)
+    seen = finetune.ready(part, [])
     images = len(seen.rows)
     if images < config.data.batch_size:
         raise UserError(
             f"data.batch_size={config.data.batch_size} is more than the {images} labelled images; set data.batch_size"
             f" to at most {images}, or label_fraction= higher"
         )
-    others = len(unlabelled(seen.whole, seen.rows))
-    if others < config.data.batch_size:
-        raise UserError(f"data.batch_size={config.data.batch_size} is more than the {others} images left to label")
+    if config.self_training:
+        others = len(unlabelled(seen.whole, seen.rows))
+        if others < config.data.batch_size:
+            raise UserError(f"data.batch_size={config.data.batch_size} is more than the {others} images left to label")
     return images

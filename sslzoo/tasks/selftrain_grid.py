@@ -22,7 +22,7 @@ from sslzoo.report.table import Cell
 from sslzoo.tasks.jobs import together
 from sslzoo.tasks.parts import initial, word
 from sslzoo.tasks.runs import provenance, write_summary
-from sslzoo.tasks.selftrain import check, steps_of
+from sslzoo.tasks.selftrain_cell import Kind, check, kind_of, steps_of
 from sslzoo.tasks.training import started
 
 GRIDS = ("fraction", "augment", "init")
@@ -72,7 +72,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         work = {folders[place].name: (folders[place], configs[place]) for place in todo}
         with progress(work) as tick:
             failed = together(commands, run_dir / "logs", config.jobs, tick)
-    fill(grid, folders)
+    fill(grid, folders, kind_of(config))
     write_text(run_dir / "table.md", markdown(grid))
     write_text(run_dir / "table.csv", csv_text(grid))
     figure(grid, run_dir / "figure.png")
@@ -106,6 +106,8 @@ def inits(config: DictConfig) -> dict[str, str]:
     """
     if config.grid not in GRIDS:
         raise UserError(f"grid={config.grid} is none of {', '.join(GRIDS)}")
+    if config.grid == "augment" and "augment" not in config:
+        raise UserError("grid=augment compares s1 to s4, which images to classify do not have; take grid=fraction")
     for key in ("fractions", "augments", "seeds"):
         if not isinstance(config[key], ListConfig) or not len(config[key]) or len(set(config[key])) < len(config[key]):
             raise UserError(f"{key}={config[key]} is no list of different values; type {key}=[...]")
@@ -131,15 +133,17 @@ def inits(config: DictConfig) -> dict[str, str]:
 
 def layout(config: DictConfig, named: dict[str, str]) -> Grid:
     """The empty table: Table 3 of the paper, Table 2, or Table 4."""
+    usual = str(config.augment) if "augment" in config else ""  # images to classify have no s1 to s4
     if config.grid == "fraction":
         rows = [Row(name, trains) for name in named.values() for trains in (False, True)]
-        columns = [Column(f"{part:.0%}" if part >= 0.01 else f"{part:.2%}", config.augment, float(part))
+        columns = [Column(f"{part:.0%}" if part >= 0.01 else f"{part:.2%}", usual, float(part))
                    for part in config.fractions]  # fmt: skip
     else:
         rows = [*map(Row, named.values()), Row("random", True)]
-        strengths = config.augments if config.grid == "augment" else [config.augment]
-        columns = [Column(str(strength).upper(), str(strength), float(config.label_fraction)) for strength in strengths]
-    return Grid(config.grid, str(config.data.name), rows, columns)
+        strengths = config.augments if config.grid == "augment" else [usual]
+        columns = [Column(str(each).upper() or f"{config.label_fraction:.0%}", str(each), float(config.label_fraction))
+                   for each in strengths]  # fmt: skip
+    return Grid(config.grid, str(config.data.name), rows, columns, kind_of(config).NAME)
 
 
 def places(config: DictConfig, grid: Grid, named: dict[str, str]) -> dict[Place, bool]:
@@ -158,7 +162,7 @@ def cell_words(place: Place, trains: bool, kept: Sequence[str]) -> list[str]:
     return [
         *kept,
         f"init={word(place.init)}",
-        f"augment={place.column.augment}",
+        *([f"augment={place.column.augment}"] if place.column.augment else []),
         f"label_fraction={place.column.label_fraction}",
         f"seed={place.seed}",
         f"self_training={word(trains)}",
@@ -168,7 +172,9 @@ def cell_words(place: Place, trains: bool, kept: Sequence[str]) -> list[str]:
 def name_of(place: Place, config: DictConfig) -> str:
     """A cell's folder, which only cells that compute the same share."""
     start = "".join(letter if letter.isalnum() else "_" for letter in place.named)
-    return f"{start}_{place.column.augment}_{place.column.label_fraction:g}_seed{place.seed}_{config_hash(config)[:6]}"
+    column = [place.column.augment] if place.column.augment else []
+    parts = (start, *column, f"{place.column.label_fraction:g}", f"seed{place.seed}", config_hash(config)[:6])
+    return "_".join(parts)
 
 
 # Running them
@@ -255,23 +261,24 @@ def progress(work: dict[str, tuple[Path, DictConfig]]) -> Iterator[Callable]:
 # What came out
 
 
-def fill(grid: Grid, folders: dict[Place, Path]) -> None:
+def fill(grid: Grid, folders: dict[Place, Path], kind: Kind) -> None:
     """Put what the cells have left into ``grid``; a cell that failed may have a teacher all the same."""
     for place, folder in folders.items():
         whole, column = told_by(folder), place.column
         if teacher := told_by(folder / "teacher"):
             row = Row(place.named)
-            grid.scores.setdefault((row, column), Cell()).add(place.seed, teacher["map"])
-            grid.curves.setdefault((row, column), []).append(looks(folder / "teacher", teacher["steps"]))
+            grid.scores.setdefault((row, column), Cell()).add(place.seed, teacher[kind.PART_SCORE])
+            grid.curves.setdefault((row, column), []).append(looks(folder / "teacher", teacher["steps"], kind))
         row = Row(place.named, self_training=True)
         if "student" in whole and row in grid.rows:
-            grid.scores.setdefault((row, column), Cell()).add(place.seed, whole["map"])
-            grid.controls.setdefault((row, column), Cell()).add(place.seed, whole["control"]["map"])
+            grid.scores.setdefault((row, column), Cell()).add(place.seed, whole[kind.SCORE])
+            grid.controls.setdefault((row, column), Cell()).add(place.seed, whole["control"][kind.SCORE])
             grid.runs.setdefault((row, column), []).append(whole)
             student = sorted(folder.glob("student*"), key=lambda path: (len(path.name), path.name))[-1]
-            grid.curves.setdefault((row, column), []).append(looks(student, whole["student"]["steps"]))
+            grid.curves.setdefault((row, column), []).append(looks(student, whole["student"]["steps"], kind))
 
 
-def looks(run_dir: Path, steps: int) -> list[tuple[int, int, float]]:
-    """``(step, of all steps, AP)`` along a run."""
-    return [(row["step"], steps, row["map"]) for row in read_rows(run_dir / "metrics.csv") if "map" in row]
+def looks(run_dir: Path, steps: int, kind: Kind) -> list[tuple[int, int, float]]:
+    """``(step, of all steps, score)`` along a run."""
+    rows = read_rows(run_dir / "metrics.csv")
+    return [(row["step"], steps, row[kind.PART_SCORE]) for row in rows if kind.PART_SCORE in row]

@@ -1,11 +1,10 @@
-"""The part of self-training that labels: a teacher's run finds objects in images without labels."""
+"""Self-training of detectors: what a part learns from, and how a teacher's run finds objects in unlabelled images."""
 
 import json
 import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sslzoo.config import plain
@@ -17,12 +16,54 @@ from sslzoo.errors import UserError
 from sslzoo.report.detections import predictions
 from sslzoo.report.progress import console
 from sslzoo.report.pseudo import score_histogram
-from sslzoo.selftrain import MATCH_DENSITY, select
+from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
+from sslzoo.tasks.dense import held_out
+from sslzoo.tasks.parts import SET_HERE, at_most, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, write_summary
 
+SETTINGS = "selftrain"  # its file in conf/task
+SCORE, NAME = "map", "AP"  # of a whole run, and in tables
+PART_SCORE = "map"
+INSTEAD = "augment"  # of pretraining's views
+GIVEN = SET_HERE | {"task.augment": "augment", "task.alpha": "alpha"}
 
-def labelled(config: DictConfig, train: BoxSet, teacher: Path, place: Path) -> dict:
+
+def check(config: DictConfig, part: DictConfig) -> int:
+    """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images.
+
+    Args:
+        config: of self-training.
+        part: of the teacher.
+    """
+    if config.unlabelled_images is not None and config.unlabelled_images < config.data.batch_size:
+        raise UserError(
+            f"unlabelled_images={config.unlabelled_images} is less than data.batch_size={config.data.batch_size}"
+        )
+    masks = detect.with_masks(config)
+    train, val = detect.load_sets(config, masks)
+    held_out(val, config.data.on_error)
+    if config.self_training:
+        check_threshold(config.threshold)
+        unlabelled(config)
+    detect.load_data(part, train, val, masks)
+    encoder, sized = backbone_and_config(OmegaConf.merge(part, {}))
+    detect.build_detector(sized, encoder, len(train.classes))
+    return len(train)
+
+
+def pseudo(config: DictConfig, place: Path) -> str:
+    """``task.pseudo`` of a student that learns from the labels in ``place``."""
+    return str(place / "labels.json")
+
+
+def told(part: dict) -> dict:
+    """What of a part's own summary goes into the run's."""
+    names = ("map", "map_50", "map_75", "steps", "images_seen", "train_images", "seconds", "loss", "start")
+    return {name: part.get(name) for name in names}
+
+
+def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there.
 
     Raises:
@@ -31,6 +72,7 @@ def labelled(config: DictConfig, train: BoxSet, teacher: Path, place: Path) -> d
     done = place / "summary.json"
     if done.is_file():
         return json.loads(done.read_text())
+    train, _ = detect.load_sets(config, detect.with_masks(config))
     learner = load_learner(teacher, len(train.classes))
     images = unlabelled(config)
     console.print(f"labelling {len(images)} images of {images.name} with {teacher}")
@@ -99,13 +141,9 @@ def tell(pseudo: dict) -> None:
 
 
 def unlabelled(config: DictConfig) -> BoxSet:
-    """The images to label, ``config.unlabelled_images`` of them at most; fewer lie among more."""
+    """The images to label, ``config.unlabelled_images`` of them at most."""
     images = load_unlabelled(**chosen(plain(config.data)), seed=config.seed)
-    limit = config.unlabelled_images
-    if limit is None or limit >= len(images):
-        return images
-    order = np.random.default_rng([config.seed, len(images)]).permutation(len(images))
-    return images.subset(np.sort(order[:limit]))
+    return at_most(config.unlabelled_images, images, config.seed)
 
 
 def load_learner(run_dir: Path, classes: int) -> Detection:
@@ -113,9 +151,5 @@ def load_learner(run_dir: Path, classes: int) -> Detection:
     config = OmegaConf.load(run_dir / "config.yaml")
     encoder, sized = backbone_and_config(config)
     learner = Detection(detect.build_detector(sized, encoder, classes))
-    state = torch.load(run_dir / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    student = any(name.startswith("learner.") for name in state)
-    if student:
-        state = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
-    learner.load_state_dict(state)
+    learner.load_state_dict(trained_weights(run_dir))
     return learner.eval()

@@ -1,0 +1,188 @@
+"""Self-training of segmenters: what a part learns from, and how a teacher's run draws class maps of other images.
+
+A pixel whose most probable class has less than ``threshold`` becomes 255, and carries no gradient; the teacher looks at
+every image in several scales (Zoph et al. 2020, appendix).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sslzoo.config import plain
+from sslzoo.data.box_module import clean_pictures
+from sslzoo.data.box_set import IGNORE
+from sslzoo.data.maps import MapSet, load_maps, load_unlabelled_maps
+from sslzoo.data.pseudo_maps import PseudoMaps
+from sslzoo.downstream.segmentation import Segmentation, class_map, confusion, probabilities, scores
+from sslzoo.errors import UserError
+from sslzoo.report.class_maps import predictions, some_rows, write_map
+from sslzoo.report.progress import console
+from sslzoo.report.pseudo import confidence_histogram
+from sslzoo.selftrain import check_probability
+from sslzoo.tasks import segment
+from sslzoo.tasks.parts import SET_HERE, at_most, trained_weights
+from sslzoo.tasks.runs import backbone_and_config, device, write_summary
+
+SETTINGS = "selftrain_maps"  # its file in conf/task
+SCORE, NAME = "miou", "mIoU"  # of a whole run, and in tables
+PART_SCORE = "miou"
+INSTEAD = "augment"  # of pretraining's views
+GIVEN = SET_HERE | {"task.augment": "augment", "task.alpha": "alpha"}
+BINS = 20  # of the histogram of probabilities
+
+
+def check(config: DictConfig, part: DictConfig) -> int:
+    """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images.
+
+    Args:
+        config: of self-training.
+        part: of the teacher.
+    """
+    segment.check(part, [])
+    check_probability("threshold", config.threshold)
+    if not config.teacher_scales or not all(0 < scale <= 8 for scale in config.teacher_scales):
+        raise UserError(f"teacher_scales={list(config.teacher_scales)} are no scales; list some above 0 and up to 8")
+    train, val = segment.load_sets(part)
+    segment.batches(part, train, val)
+    if config.self_training:
+        segment.batches(part, unlabelled(config)[0], val)
+    encoder, sized = backbone_and_config(part)
+    segment.build_learner(sized, encoder, len(train.map_classes))
+    return len(train)
+
+
+def pseudo(config: DictConfig, place: Path) -> str:
+    """``task.pseudo`` of a student that learns from the labels in ``place``."""
+    return str(place / "maps")
+
+
+def told(part: dict) -> dict:
+    """What of a part's own summary goes into the run's."""
+    names = ("miou", "pixel_accuracy", "steps", "images_seen", "train_images", "seconds", "loss", "start")
+    return {name: part.get(name) for name in names}
+
+
+def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
+    """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there.
+
+    Raises:
+        UserError: if too few images have a pixel that the teacher is sure of for one batch.
+    """
+    done = place / "summary.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    images, truth = unlabelled(config)
+    console.print(f"labelling {len(images)} images of {images.name} with {teacher}")
+    learner = load_learner(teacher, len(images.map_classes)).to(device(config)[0])
+    (place / "maps").mkdir(parents=True, exist_ok=True)
+    histogram, counts = torch.zeros(BINS), torch.zeros(IGNORE + 1)
+    for name, picture in zip(images.image_ids, clean_pictures(images, np.arange(len(images))), strict=True):
+        said = probabilities(learner, picture, list(config.teacher_scales), config.teacher_flip)
+        found = class_map(said, config.threshold).cpu()
+        histogram += said.amax(0).float().cpu().histc(BINS, 0, 1)
+        counts += found.flatten().long().bincount(minlength=len(counts))
+        write_map(place / "maps" / f"{name}.png", found)
+    sure, pixels = counts[:IGNORE].sum(), counts.sum()
+    named = {name: float(count / pixels) for name, count in zip(images.map_classes, counts.tolist(), strict=False)}
+    if not sure:
+        raise UserError(
+            f"the teacher is sure of no pixel of {len(images)} unlabelled images at threshold={config.threshold}; lower"
+            " it, or train longer with steps="
+        )
+    maps = PseudoMaps.read(place / "maps", images)
+    confidence_histogram(place / "scores.png", histogram.numpy(), config.threshold)
+    known = next((each for each in truth if set(each.image_ids) & set(images.image_ids)), None)
+    shown = maps if known is None else known
+    rows = some_rows(shown)
+    of = {name: row for row, name in enumerate(images.image_ids)}
+    drawn = [maps.class_map(of[shown.image_ids[row]]) for row in rows]
+    title = f"pseudo-labels of {images.name}, init {config.init}, {config.label_fraction:.0%} of the labels"
+    predictions(place / "maps.png", shown, rows, drawn, title)
+    summary = {
+        "threshold": config.threshold,
+        "images": len(images),
+        "labelled_pixels": float(sure / pixels),
+        "class_pixels": named,
+        "labelled_class_pixels": class_shares(load_maps(plain(config.data), config.seed)[0]),
+        **quality(maps, truth),
+        "score_counts": histogram.tolist(),
+        "score_edges": np.linspace(0, 1, BINS + 1).tolist(),
+    }
+    write_summary(place, summary)
+    tell(summary)
+    return summary
+
+
+def class_shares(images: MapSet) -> dict[str, float]:
+    """What part of all pixels each class has."""
+    counts = sum(images.class_map(row).flatten().long().bincount(minlength=IGNORE + 1) for row in range(len(images)))
+    shares = counts / counts.sum()
+    return {name: float(share) for name, share in zip(images.map_classes, shares.tolist(), strict=False)}
+
+
+def quality(pseudo: PseudoMaps, truth: Sequence[MapSet]) -> dict[str, float | int]:
+    """How good the maps of those images are whose labels were held back.
+
+    Args:
+        pseudo: of N images.
+        truth: sets with the true maps of some of them, by ``image_ids``.
+
+    Returns:
+        ``right``, the share of the labelled pixels that have their true class; ``recall``, the same of all pixels;
+        ``miou``, in which unlabelled pixels are wrong; ``judged_images``. Empty if there are none.
+    """
+    row = {name: k for k, name in enumerate(pseudo.image_ids)}
+    counts, judged = torch.zeros(len(pseudo.map_classes), len(pseudo.map_classes) + 1, dtype=torch.long), 0
+    for known in truth:
+        rows = np.array([k for k, name in enumerate(known.image_ids) if name in row], int)
+
+        counts += confusion(known, rows, map(pseudo.class_map, [row[known.image_ids[k]] for k in rows]))
+        judged += len(rows)
+    if not judged:
+        return {}
+    right, answered = counts.diagonal().sum(), counts[:, : len(counts)].sum()
+    return {
+        "right": float(right / answered.clamp(min=1)),
+        "recall": float(right / counts.sum().clamp(min=1)),
+        "miou": scores(counts, pseudo.map_classes)["miou"],
+        "judged_images": judged,
+    }
+
+
+def tell(pseudo: dict) -> None:
+    """The lines that pseudo-labels are announced with."""
+    judged = ""
+    if "right" in pseudo:
+        judged = f"; {pseudo['right']:.1%} of them are right by held-back labels, mIoU {100 * pseudo['miou']:.1f}"
+    console.print(f"{pseudo['labelled_pixels']:.1%} of the pixels have a class of probability"
+                  f" {pseudo['threshold']:g} or more{judged}", markup=False)  # fmt: skip
+    rare = [
+        name
+        for name, share in pseudo["labelled_class_pixels"].items()
+        if pseudo["class_pixels"].get(name, 0) < share / 2
+    ]
+    if rare:
+        console.print(
+            f"warning: {len(rare)} of {len(pseudo['class_pixels'])} classes have under half of the pixels they have in"
+            f" the labels, e.g. {rare[0]}, so the student is taught to overlook them; a lower threshold, or more steps"
+            " help"
+        )
+
+
+def unlabelled(config: DictConfig) -> tuple[MapSet, list[MapSet]]:
+    """The images to label, ``config.unlabelled_images`` of them at most, and true maps to judge by."""
+    images, truth = load_unlabelled_maps(plain(config.data), config.seed)
+    return at_most(config.unlabelled_images, images, config.seed), truth
+
+
+def load_learner(run_dir: Path, classes: int) -> Segmentation:
+    """The segmenter that a run of ``task=segment`` has trained, in eval mode."""
+    config = OmegaConf.load(run_dir / "config.yaml")
+    encoder, sized = backbone_and_config(config)
+    learner = segment.build_learner(sized, encoder, classes)
+    learner.load_state_dict(trained_weights(run_dir))
+    return learner.eval()

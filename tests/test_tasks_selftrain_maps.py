@@ -1,0 +1,150 @@
+"""Self-training of segmenters: its parts, what they share, that they go on, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from boxed import rectangles, write_coco
+from runs import Killed, checkpoint_of, dies_in
+from sslzoo.__main__ import main, run
+from sslzoo.config import composed, keys_of
+from sslzoo.data.boxes import labelled_images
+from sslzoo.downstream.segmenters import MODELS
+from sslzoo.monitor import Metrics
+from sslzoo.tasks.parts import own_settings
+from sslzoo.tasks.selftrain_cell import part_words
+
+PARTS = ("teacher", "student", "control")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """16 training and 3 held-out pictures."""
+    root = tmp_path_factory.mktemp("coco")
+    return write_coco(root, rectangles(root, "train", 16, 0), rectangles(root, "val", 3, 1))
+
+
+def command(root, *more: str) -> list[str]:
+    """Half of the labels: 8 images."""
+    return [
+        "task=selftrain", "task.model=fpn", "data=coco", f"data.root={root}", "label_fraction=0.5", "threshold=0.4",
+        "teacher_scales=[0.75,1.0]", "steps=4", "growth=0.0", "looks=1", "data.batch_size=4", "data.workers=1",
+        "data.class_agnostic=false", "encoder.width=0.125", "encoder.stem=imagenet", "task.size=48", "task.channels=8",
+        "trainer.accelerator=cpu", "trainer.precision=32-true", "monitor.log_every=1", "checkpoint.steps=1", *more,
+    ]  # fmt: skip
+
+
+def summary_of(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, root):
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return run_dir, run(command(root, f"run_dir={run_dir}"))
+
+
+def test_a_run_has_a_teacher_pseudo_labels_a_student_and_a_control(finished):
+    run_dir, summary = finished
+    assert summary == summary_of(run_dir)
+    parts = {name: summary_of(run_dir / name) for name in PARTS}
+    assert [part["steps"] for part in parts.values()] == [4, 4, 8]
+    assert [part["images_seen"] for part in parts.values()] == [16, 32, 32]
+    assert {part["train_images"] for part in parts.values()} == {summary["labelled_images"]} == {8}
+    assert len({part["start"] for part in parts.values()}) == 1
+    miou = {name: part["miou"] for name, part in parts.items()}
+    assert summary["miou"] == summary["student"]["miou"] == miou["student"]
+    assert (summary["supervised"]["miou"], summary["control"]["miou"]) == (miou["teacher"], miou["control"])
+    assert summary["gain_at_equal_steps"] == miou["student"] - miou["teacher"]
+    assert summary["gain_at_equal_images"] == miou["student"] - miou["control"]
+    student = checkpoint_of(run_dir / "student")["state_dict"]
+    assert student["balance.means"].gt(0).all()
+
+
+def test_the_teachers_maps_are_of_the_other_images_and_say_255_where_it_is_unsure(finished):
+    run_dir, summary = finished
+    learned = {1000 + 7 * i for i in labelled_images(16, 0.5).tolist()}
+    files = list((run_dir / "pseudo" / "maps").iterdir())
+    assert {int(file.stem) for file in files} == {1000 + 7 * i for i in range(16)} - learned
+    values = np.concatenate([np.asarray(Image.open(file)).ravel() for file in files])
+    assert set(np.unique(values).tolist()) <= {0, 1, 2, 255}
+    pseudo = summary["pseudo"]
+    assert pseudo["labelled_pixels"] == pytest.approx((values != 255).mean())
+    assert sum(pseudo["score_counts"]) == len(values)
+    assert pseudo["judged_images"] == pseudo["images"] == 8
+    assert {path.name for path in (run_dir / "pseudo").iterdir()} == {"maps", "maps.png", "scores.png", "summary.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "step"), [("teacher", 2), ("student", 3)])
+def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
+    unbroken, summary = finished
+    run_dir = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "on_train_batch_start", dies_in(run_dir / part, step))
+        with pytest.raises(Killed):
+            run(command(root, f"run_dir={run_dir}"))
+    resumed = run([f"resume={run_dir}"])
+    for name in PARTS:
+        one, other = (checkpoint_of(path / name)["state_dict"] for path in (unbroken, run_dir))
+        assert all(torch.equal(value, other[key]) for key, value in one.items()), name
+    for key in ("miou", "gain_at_equal_steps", "gain_at_equal_images", "pseudo"):
+        assert resumed[key] == summary[key], key
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_never_sure_gets_one_clear_line(tmp_path, root, capsys):
+    run_dir = tmp_path / "unsure"
+    words = [each for each in command(root) if not each.startswith(("threshold", "steps"))]
+    assert main([*words, "threshold=1.0", "steps=1", f"run_dir={run_dir}"]) == 2
+    said = capsys.readouterr().err
+    assert "the teacher is sure of no pixel of 8 unlabelled images at threshold=1.0" in said
+    assert not (run_dir / "pseudo" / "summary.json").exists()
+    assert not (run_dir / "student").exists()
+
+
+@pytest.mark.parametrize("model", [*MODELS, "retinanet"])
+def test_the_model_decides_whether_boxes_or_maps_are_learned(model):
+    config = composed(["task=selftrain", f"task.model={model}"])
+    assert config.trains == ("segment" if model in MODELS else "detect")
+    assert (config.task.name, config.task.model, config.data.name) == ("selftrain", model, "scenes")
+    assert composed(["task=selftrain", "data=cityscapes", "data.root=/data"]).trains == "segment"
+
+
+def test_a_part_is_a_run_of_segmentation_with_the_settings_of_the_whole(tmp_path):
+    typed = ["data=coco", "data.root=/data", "task.model=deeplabv3", "augment=s3", "alpha=0.5", "seed=3"]
+    config = composed(["task=selftrain", *typed])
+    words = part_words(config, typed, steps=300, images=400, pseudo=tmp_path)
+    part, whole = keys_of(composed(words)), keys_of(config)
+    own = {key for key in whole if key.partition(".")[0] in own_settings("selftrain_maps")}
+    assert part.keys() == whole.keys() - own
+    changed = {"task.name", "backbone", "task.every_epochs", "task.optim.warmup_epochs", "trainer.max_steps"}
+    assert {key for key in part if part[key] != whole[key]} <= changed | {"task.pseudo"}
+    assert (part["task.name"], part["task.pseudo"]) == ("segment", str(tmp_path / "maps"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["threshold=match-density"], "threshold=match-density is no probability"),
+        (["teacher_scales=[]"], "teacher_scales=[] are no scales"),
+        (["init=none.safetensors"], "backbone=none.safetensors is no file"),
+        (["label_fraction=1.0"], "has no unlabelled images"),
+        (["unlabelled_images=3"], "is more than the 3 training images"),
+        (["data.batch_size=9"], "data.batch_size=9 is more than the 8 training images"),
+        (["data.label_fraction=0.2"], "type label_fraction= instead"),
+        (["task.augment=s2"], "type augment= instead"),
+        (["task.size=7"], "task.size=7 is not from 32"),
+    ],
+)
+def test_mistakes_are_said_in_one_line_before_anything_is_written(tmp_path, root, capsys, words, message):
+    keys = {each.partition("=")[0] for each in words}
+    kept = [each for each in command(root) if each.partition("=")[0] not in keys]
+    assert main([*kept, *words, f"run_dir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
