@@ -156,8 +156,9 @@ class LossBalance(nn.Module):
         self.register_buffer("means", torch.zeros(2))
 
     def forward(self, human: Tensor, pseudo: Tensor) -> Tensor:
-        """Two scalars to one; call it once a step."""
-        self.means.lerp_(all_mean(torch.stack([human, pseudo]).to(self.means)), 1 - self.decay)
+        """Two scalars to one; call it once a step. Where no rank has a pseudo-label, which costs 0, the means stay."""
+        now = all_mean(torch.stack([human, pseudo]).to(self.means))
+        self.means.lerp_(now, (1 - self.decay) * (now[1] > 0))
         mean_human, mean_pseudo = self.means
         smallest = torch.finfo(self.means.dtype).tiny
         ratio = (mean_human / mean_pseudo.clamp(min=smallest)).clamp(1 / self.LIMIT, self.LIMIT)

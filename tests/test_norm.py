@@ -50,7 +50,22 @@ def all_on_rank(rank, inputs, half):
     wrapped = DistributedDataParallel(sync_batchnorm(small_net()))
     wrapped(dist.mine(inputs["rows"])).square().mean().backward()
     grads = {name: p.grad for name, p in wrapped.module.named_parameters()}
-    return trained, kept, grads, part, bn.running_var
+    return (
+        trained,
+        kept,
+        grads,
+        unevenly(inputs["images"][:3] if rank == 0 else inputs["images"][3:]),
+        part,
+        bn.running_var,
+    )
+
+
+def unevenly(x: torch.Tensor) -> dict:
+    """Outputs, gradient and statistics of rows of which ranks may hold unlike numbers."""
+    bn, x = sync_batchnorm(randomised("images")), x.clone().requires_grad_()
+    y = bn(x)
+    y.pow(3).sum().backward()
+    return {"y": y.detach(), "x": x.grad, "state": bn.state_dict()}
 
 
 def small_net() -> nn.Module:
@@ -97,6 +112,15 @@ def test_two_ranks_equal_batchnorm_over_the_whole_batch(name, inputs, ranks):
     whole = two_passes(randomised(name), inputs[name])
     for trained, *_ in ranks:
         same(whole, trained[name])
+
+
+def test_ranks_with_unlike_numbers_of_rows_equal_batchnorm_over_all_of_them(inputs, ranks):
+    whole = unevenly(inputs["images"])
+    parts = [uneven for _, _, _, uneven, *_ in ranks]
+    for name in ("y", "x"):
+        close(torch.cat([part[name] for part in parts]), whole[name])
+    for part in parts:
+        same(part["state"], whole["state"])
 
 
 def test_eval_uses_running_statistics_and_asks_no_other_rank(inputs, ranks):

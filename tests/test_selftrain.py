@@ -86,6 +86,16 @@ def test_a_loss_that_vanishes_is_not_blown_up():
     assert balance(torch.tensor(1.0), torch.tensor(1e-12)).item() == pytest.approx(0.5)
 
 
+def test_a_step_without_pseudo_labels_says_nothing_of_their_scale():
+    history = losses(10)
+    balance, without = LossBalance(), LossBalance()
+    for pair in history:
+        with_gaps = balance(*pair)
+        balance(pair[0], torch.zeros(()))
+        assert with_gaps == without(*pair)
+    assert torch.equal(balance.means, without.means)
+
+
 def test_a_weight_below_zero_is_refused():
     with pytest.raises(UserError, match="alpha=-1"):
         LossBalance(alpha=-1)

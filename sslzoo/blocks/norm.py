@@ -17,7 +17,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose training statistics are those of all ranks' rows: what torch's does on GPUs alone.
 
     Equal to BatchNorm over the concatenated batch, gradients included: biased variance to normalise, unbiased for
-    ``running_var``. One rank is plain BatchNorm. Every rank must hold input of the same shape, ``(B, C, ...)``.
+    ``running_var``. One rank is plain BatchNorm. Ranks may hold unlike numbers of rows, ``(B, C, ...)``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,12 +32,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _over_ranks(self, x: Tensor) -> Tensor:
         rest = [0, *range(2, x.ndim)]  # all dimensions but the channels'
         shape = [1, -1] + [1] * (x.ndim - 2)
-        rows = world() * x.numel() // x.shape[1]
+        own = full(x).new_tensor([x.numel() // x.shape[1]])
+        sums = all_sum_with_grad(torch.cat([full(x).sum(rest), own]))
+        rows = sums[-1].detach()
         # The variance in a second pass: a mean of squares minus a squared mean loses digits.
-        centered = full(x) - (all_sum_with_grad(full(x).sum(rest)) / rows).view(shape)
+        mean = sums[:-1] / rows
+        centered = full(x) - mean.view(shape)
         variance = all_sum_with_grad(centered.square().sum(rest)) / rows  # (C,)
         if self.running_mean is not None:
-            self._remember((full(x) - centered).detach().mean(rest), variance.detach() * rows / (rows - 1))
+            self._remember(mean.detach(), variance.detach() * rows / (rows - 1))
         y = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)

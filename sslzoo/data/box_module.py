@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sslzoo.data.box_set import BoxSet
-from sslzoo.data.box_views import STRENGTHS, augmented, mirrored
+from sslzoo.data.box_views import STRENGTHS, augmented, mirrored, twins
 from sslzoo.data.module import batch_rows, default_workers, first_readable
 from sslzoo.errors import UserError
 from sslzoo.views.draw import key
@@ -82,6 +82,32 @@ def box_example(
         else:
             pixels, target = augmented(image, target, augment, size, draw, images.swap)
         return pixels, {name: target[name] for name in wanted}
+
+    return example
+
+
+def twin_example(images: BoxSet, augment: str, size: int, seed: int = 0) -> Example:
+    """An image as a teacher and as its student see it, in the same pixels; boxes of the set are not looked at.
+
+    The image is the student's: after ``box_views.twins``, or with ``flip`` in a mirror only. The target holds the
+    teacher's alone, ``clean``, as large. Both are a function of (seed, epoch, row).
+
+    Args:
+        images, augment, size, seed: see ``box_example``.
+
+    Raises:
+        UserError: on an unknown augmentation.
+    """
+    if augment not in AUGMENTS:
+        raise UserError(f"task.augment={augment} is none of {', '.join(AUGMENTS)}")
+
+    def example(row: int, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image, draw = images.picture(row), key(seed, epoch, row)
+        if augment == "flip":
+            clean = distorted = mirrored(image, {"boxes": torch.zeros(0, 4)}, draw)[0]
+        else:
+            clean, distorted = twins(image, augment, size, draw)
+        return distorted, {"clean": clean}
 
     return example
 

@@ -10,7 +10,7 @@ What happens is a pure function of the key, so ``sslzoo.views.draw.key(seed, epo
 Distances of AutoAugment, in the paper pixels of images of about 640, are relative to the longer side here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -105,24 +105,56 @@ def augmented(
         raise UserError(f"augment={strength} is none of {', '.join(STRENGTHS)}")
     if "keypoints" in target and swap is None:
         raise ValueError("keypoints need swap: BoxSet.swap")
-    scale, policy, of_crop = STRENGTHS[strength]
     rng = np.random.default_rng(key)
     scene = _scene(image, target)
+    for operation, level in _drawn(STRENGTHS[strength].policy, rng):
+        scene = operation(scene, level, rng)
+    scene = _placed(scene, STRENGTHS[strength], size, rng, swap)
+    return scene.pixels, _target(scene, target)
+
+
+def twins(image: np.ndarray, strength: str = "s1", size: int = 512, key: int = 0) -> tuple[Tensor, Tensor]:
+    """One random view of an image twice, as it is and distorted; everything is at the same place in both.
+
+    It is flipped, scaled and cropped as ``strength`` says, then one copy goes through the operations of its policy that
+    leave everything where it is: colours and cutout. Those that move something are left out where they are drawn.
+
+    Args:
+        image, strength, size, key: see ``augmented``.
+
+    Returns:
+        Both views, ``(3, size, size)`` uint8; one tensor where nothing was distorted.
+    """
+    rng = np.random.default_rng(key)
+    clean = scene = _placed(_scene(image, {"boxes": torch.zeros(0, 4)}), STRENGTHS[strength], size, rng)
+    for operation, level in _drawn(STRENGTHS[strength].policy, rng):
+        if operation in IN_PLACE:
+            scene = operation(scene, level, rng)
+    return clean.pixels, scene.pixels
+
+
+def _drawn(policy: str | None, rng: np.random.Generator) -> Iterator[tuple["Operation", float]]:
+    """The operations of a policy for one image, and their levels; each draws its own before the next is drawn."""
     if policy == "autoaugment":
         for name, p, level in AUTOAUGMENT[rng.integers(len(AUTOAUGMENT))]:
             if rng.random() < p:
-                scene = AUTO[name](scene, level / 10, rng)
+                yield AUTO[name], level / 10
     elif policy == "randaugment":
         count, level = RANDAUGMENT
         for k in rng.integers(len(RAND), size=count):
-            scene = RAND[k](scene, level / 10, rng)
+            yield RAND[k], level / 10
+
+
+def _placed(
+    scene: Scene, strength: Strength, size: int, rng: np.random.Generator, swap: Sequence[int] | None = None
+) -> Scene:
+    """A square of the image, perhaps of its mirror image, at a random scale."""
     if rng.random() < 0.5:
         scene = flipped(scene, swap)
-    ratio = rng.uniform(*scale)
-    if of_crop:
+    ratio = rng.uniform(*strength.scale)
+    if strength.of_crop:
         ratio *= size / max(scene.size)
-    scene = cropped(resized(scene, ratio), size, rng)
-    return scene.pixels, _target(scene, target)
+    return cropped(resized(scene, ratio), size, rng)
 
 
 def mirrored(image: np.ndarray, target: dict, key: int = 0, swap: Sequence[int] | None = None) -> tuple[Tensor, dict]:
@@ -403,3 +435,5 @@ RAND: tuple[Operation, ...] = (
     _coloured(lambda pixels, _: F.autocontrast_image(pixels)),
     _coloured(lambda pixels, _: F.equalize_image(pixels)),
 )
+# Those of both policies that leave everything where it is
+IN_PLACE = {*(AUTO[name] for name in ("cutout", "equalize", "color", "sharpness")), RAND[0], *RAND[6:]}

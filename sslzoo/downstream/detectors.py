@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from sslzoo.blocks import Encoder
-from sslzoo.downstream.dense_heads import build_fcos, build_retinanet
+from sslzoo.downstream.dense_heads import FCOS, build_fcos, build_retinanet
 from sslzoo.downstream.necks import C4, NORMS, Pyramid, of_any_size
 from sslzoo.downstream.roi_heads import c4_heads, fpn_heads, proposal_network
 from sslzoo.downstream.suppression import KINDS, Suppression
@@ -90,6 +91,35 @@ def build(
     make_heads = c4_heads if c4 else fpn_heads
     heads = make_heads(body, classes, masks, convs, norm, rois, suppression)
     return GeneralizedRCNN(body, rpn, heads, transform)
+
+
+def losses_of(
+    detector: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]], counted: Sequence[int]
+) -> dict[str, Tensor]:
+    """A detector's losses of those images that count, where all of them pass the backbone.
+
+    So BatchNorm has as many images in every step and on every rank, however few of them count.
+
+    Args:
+        detector: from ``build``, in training mode.
+        images, targets: see above; B of each.
+        counted: places in the batch, one at least.
+
+    Returns:
+        What ``detector`` returns of images and targets if all of them count.
+    """
+    batch, targets = detector.transform(images, targets)
+    maps = {name: level[counted] for name, level in detector.backbone(batch.tensors).items()}
+    batch = ImageList(batch.tensors[counted], [batch.image_sizes[i] for i in counted])
+    targets = [targets[i] for i in counted]
+    if isinstance(detector, GeneralizedRCNN):
+        regions, losses = detector.rpn(batch, maps, targets)
+        return losses | detector.roi_heads(maps, regions, batch.image_sizes, targets)[1]
+    levels = list(maps.values())
+    outputs, anchors = detector.head(levels), detector.anchor_generator(batch, levels)
+    if isinstance(detector, FCOS):
+        return detector.compute_loss(targets, outputs, anchors, [level.shape[-2:].numel() for level in levels])
+    return detector.compute_loss(targets, outputs, anchors)
 
 
 class Transform(GeneralizedRCNNTransform):

@@ -1,6 +1,7 @@
 """Train a detector on a backbone, and score it on held-out images."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from sslzoo.blocks import Encoder
 from sslzoo.config import built, plain
-from sslzoo.data.box_module import Boxes, box_example
+from sslzoo.data.box_module import Boxes, box_example, twin_example
 from sslzoo.data.box_set import BoxSet
 from sslzoo.data.boxes import chosen, load_boxes
 from sslzoo.data.mixed import Mixed
@@ -23,6 +24,7 @@ from sslzoo.downstream.precise_bn import check_images, estimate_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Metrics, device_memory_mb
+from sslzoo.moving_teacher import Moving, MovingTeacher, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.detections import curves, predictions
@@ -58,6 +60,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
     check_metric(task.metric)
     check_images(task.precise_bn)
+    moving = moving_teacher(task)
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
@@ -69,7 +72,9 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     module = learner = Detection(detector, optim, task.clip)
     learner.seed = config.seed
     start = fingerprint(learner)
-    if task.pseudo is not None:
+    if moving is not None:
+        data, module = taught(config, learner, boxes, moving)
+    elif task.pseudo is not None:
         labelled = PseudoLabels.read(task.pseudo, train, masks).with_boxes()
         others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
         data = Mixed(boxes, load_data(others, labelled, val, masks))
@@ -126,6 +131,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "train_images": len(train),
         "val_images": len(val),
         "start": start,
+        **({} if moving is None else {"teacher": module.teacher.told()}),
         "skipped_images": len(data.skipped),
         "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
         "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
@@ -180,6 +186,36 @@ def load_data(config: DictConfig, train: BoxSet, val: BoxSet, masks: bool) -> Bo
         workers=config.data.workers,
         on_error=config.data.on_error,
     )
+
+
+def moving_teacher(task: DictConfig) -> Moving | None:
+    """What ``task.teacher`` asks for, see ``sslzoo.moving_teacher``; None for the labels in the file.
+
+    Raises:
+        UserError: if it asks for what there is not, or has nothing to label.
+    """
+    if task.teacher is None:
+        return None
+    known = [each.name for each in fields(Moving)]
+    unknown = [key for key in task.teacher if key not in known] if isinstance(task.teacher, DictConfig) else [""]
+    if unknown:
+        raise UserError(f"task.teacher={task.teacher} is neither null nor settings out of {', '.join(known)}")
+    if task.pseudo is None:
+        raise UserError(f"task.teacher={task.teacher} has nothing to label; set task.pseudo to a file with images")
+    if str(task.model).startswith("mask"):
+        raise UserError(f"task.teacher={task.teacher} labels boxes only; set task.model=faster{str(task.model)[4:]}")
+    return Moving(**plain(task.teacher))
+
+
+def taught(config: DictConfig, learner: Detection, boxes: Boxes, moving: Moving) -> tuple[Mixed, TaughtStudent]:
+    """Batches of ``boxes`` and of all images of the file of pseudo-labels, and who learns from them."""
+    images = PseudoLabels.read(config.task.pseudo, boxes.train).images
+    size = config.task.min_size if isinstance(config.task.min_size, int) else config.task.min_size[-1]
+    seed = config.seed + 1  # an order and views of their own
+    example = twin_example(images, config.task.augment, size, seed)
+    pseudo = Boxes(images, boxes.val, example, boxes.batch_size, seed, boxes.workers, boxes.on_error)
+    teacher = MovingTeacher(learner.detector, moving)
+    return Mixed(boxes, pseudo), TaughtStudent(learner, LossBalance(config.task.alpha), teacher)
 
 
 def build_detector(config: DictConfig, encoder: Encoder, classes: int) -> nn.Module:
