@@ -114,8 +114,7 @@ def load_learner(run_dir: Path, classes: int) -> Detection:
     encoder, sized = backbone_and_config(config)
     learner = Detection(detect.build_detector(sized, encoder, classes))
     state = torch.load(run_dir / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    student = any(name.startswith("learner.") for name in state)
-    if student:
+    while any(name.startswith("learner.") for name in state):  # of a student, of joint training, or of both
         state = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
     learner.load_state_dict(state)
     return learner.eval()
