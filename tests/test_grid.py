@@ -108,6 +108,25 @@ def test_table_four_has_resnet50s_numbers():
     assert "paper:" not in markdown(elsewhere).split("\n\n")[1]
 
 
+def test_table_seven_compares_with_boxes_alone_and_no_self_training():
+    columns = [Column("boxes alone", "s4", 0.2, joint=False), Column("jointly", "s4", 0.2)]
+    values = [[(30,), (33,)], [(34,), (36,)], [(33,), (33.5,)], [(36,), (37,)]]
+    found = lines(filled("joint", (RANDOM, SELF, PRE, BOTH), columns, values))
+    assert found["random"] == ["30.0 (1)", "33.0 (1) (+3.0 ?)"]
+    assert found["random + self-training"] == ["34.0 (1) (+4.0 ?)", "36.0 (1) (+6.0 ?)"]
+    assert found["imagenet + self-training"] == ["36.0 (1) (+3.0 ?)", "37.0 (1) (+4.0 ?)"]
+    assert found["*paper: random*"] == ["*30.7*", "*33.6 (+2.9)*"]
+    assert found["*paper: random + self-training*"] == ["*34.1 (+3.4)*", "*35.1 (+4.4)*"]
+    assert found["*paper: imagenet + self-training*"] == ["*36.0 (+2.7)*", "*36.6 (+3.3)*"]
+
+
+def test_other_scores_than_ap_have_no_published_numbers_beside_them(fraction):
+    fraction.metric = "mIoU"
+    text = markdown(fraction)
+    assert text.startswith("## grid=fraction, scenes: mIoU in %")
+    assert "*paper" not in text
+
+
 def test_marks_are_two_standard_errors_of_a_difference():
     # Standard errors of 1 / sqrt(3) each: two of the difference's are 1.633
     assert difference(cell(31.64, 32.64, 33.64), cell(30, 31, 32)) == "+1.6"

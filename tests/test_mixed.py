@@ -1,4 +1,4 @@
-"""A student's batches: really half and half, each half in its own order, and where it stood."""
+"""Batches of two sets: a student's really half and half, each set in its own order, and where it stood."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sslzoo.data.box_module import BoxBatch
-from sslzoo.data.mixed import Mixed, MixedLoader
+from sslzoo.data.mixed import JointBatch, Mixed, MixedBatch, MixedLoader
 from sslzoo.data.module import epoch_order
 from sslzoo.dist import rank, world
 
@@ -61,7 +61,7 @@ def test_both_halves_go_on_where_they_stood(stop):
     for _ in range(stop):
         next(batches)
     later.load_state_dict(broken.state_dict())
-    assert (later.human.position, later.pseudo.position) == (stop, stop)
+    assert (later.first.position, later.second.position) == (stop, stop)
     assert taken(later, 4 - stop // 3) == expected[stop:]
 
 
@@ -70,12 +70,42 @@ def test_a_batch_that_was_made_ahead_is_not_lost():
     batches = iter(mixed)
     next(batches)
     batches.close()
-    assert mixed.position == mixed.pseudo.position == 1
+    assert mixed.position == mixed.second.position == 1
 
 
 def test_halves_of_unlike_sizes_are_refused():
     with pytest.raises(ValueError, match="halves of 4 and 3"):
         MixedLoader(Rows(12, 4, 0), Rows(12, 3, 0))
+
+
+def beside(second) -> tuple[MixedLoader, Rows]:
+    """Half and half, and five images of a third set beside."""
+    third = Rows(17, 5, seed=2)
+    return MixedLoader(second, third, JointBatch), third
+
+
+def test_images_of_another_task_come_in_batches_of_their_own_size_and_are_not_counted():
+    mixed, third = beside(loader())
+    batches = [batch for _ in range(4) for batch in mixed]
+    assert (len(mixed), mixed.batch_size, mixed.position, third.position) == (3, 8, 12, 12)
+    assert taken(loader(), 4) == [(b.first.human.index.tolist(), b.first.pseudo.index.tolist()) for b in batches]
+    assert all(torch.equal(batch.index, batch.first.index) and len(batch.index) == 8 for batch in batches)
+    rows = [batch.classified.index.tolist() for batch in batches]
+    assert rows == [epoch_order(2, k // 3, 17)[5 * (k % 3) :][:5].tolist() for k in range(12)]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 8])
+def test_all_three_sets_go_on_where_they_stood(stop):
+    def told(mixed, epochs):
+        return [(b.index.tolist(), b.classified.index.tolist()) for _ in range(epochs) for b in mixed]
+
+    whole, (broken, _), (later, third) = told(beside(loader())[0], 4), beside(loader()), beside(loader())
+    batches = iter(batch for _ in range(4) for batch in broken)
+    for _ in range(stop):
+        next(batches)
+    later.load_state_dict(broken.state_dict())
+    assert (later.first.first.position, later.first.second.position, third.position) == (stop, stop, stop)
+    assert told(later, 4 - stop // 3) == whole[stop:]
 
 
 class Module(SimpleNamespace):
@@ -100,6 +130,22 @@ def test_where_a_data_module_stands_is_in_the_checkpoint():
     assert first.state_dict() == {"position": 6}
     second.load_state_dict(first.state_dict())
     assert taken(second.train_dataloader(), 1) == taken(first.loader, 1)
+
+
+def test_a_data_module_inside_another_stands_where_that_one_does():
+    parts = [
+        Module(images=n, batch_size=b, seed=k, val=n, skipped=[n])
+        for k, (n, b) in enumerate([(12, 4), (20, 4), (17, 5)])
+    ]
+    halves = Mixed(*parts[:2], MixedBatch)
+    mixed = Mixed(halves, parts[2], JointBatch)
+    mixed.trainer = SimpleNamespace(global_rank=0, world_size=1)
+    assert (mixed.batch_size, mixed.val, mixed.skipped) == (8, 12, [12, 17, 20])
+    mixed.load_state_dict({"position": 5})
+    mixed.train_dataloader()
+    assert [part.loader.position for part in parts] == [halves.loader.position, 5, 5] == [5, 5, 5]
+    next(iter(mixed.loader))
+    assert mixed.state_dict() == {"position": 6}
 
 
 def test_ranks_share_both_halves_of_the_same_step(monkeypatch):

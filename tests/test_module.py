@@ -288,3 +288,12 @@ def test_where_a_run_stands_goes_through_its_state():
 def test_an_unknown_way_with_errors_is_refused():
     with pytest.raises(UserError, match=r"data\.on_error=ignore is neither raise nor skip"):
         images(on_error="ignore")
+
+
+def test_pictures_that_could_not_be_read_are_named():
+    train = Flaky(image_set(24), {3, 7})
+    train.files = [f"{row}.png" for row in range(24)]
+    data = images(train, on_error="skip")
+    assert data.skipped == []
+    trainer(max_epochs=1).fit(Pull(), datamodule=data)
+    assert [str(file) for file in data.skipped] == ["3.png", "7.png"]

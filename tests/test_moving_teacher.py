@@ -27,7 +27,7 @@ from sslzoo.moving_teacher import Moving, MovingTeacher, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.selftrain import LossBalance
-from sslzoo.tasks.labelling import load_learner
+from sslzoo.tasks.selftrain_boxes import load_learner
 from sslzoo.views.draw import key
 
 MODELS = ["retinanet", "fcos", "faster_rcnn_fpn", "faster_rcnn_c4"]

@@ -1,6 +1,7 @@
 """BatchNorm over ranks equals BatchNorm over the whole batch; GroupNorm with standardised weights."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from sslzoo.blocks.norm import (
     SyncBatchNorm,
     group_batchnorm,
     group_norm_weight_standardisation,
+    running_statistics_kept,
     standardised,
     sync_batchnorm,
 )
@@ -149,6 +151,25 @@ def test_bfloat16_keeps_its_statistics_in_float32(half, ranks):
         assert part.dtype == torch.bfloat16
         torch.testing.assert_close(part.float(), y.chunk(2)[rank], rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(variance, whole.running_var, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("change", [lambda bn: bn, sync_batchnorm, lambda bn: group_batchnorm(bn, 4)])
+def test_images_that_are_not_remembered_are_normalised_by_their_batch_all_the_same(inputs, name, change):
+    bn = nn.Sequential(change(randomised(name)))
+    bn(inputs[name])
+    before, normal = copy.deepcopy(bn.state_dict()), bn(2 * inputs[name])
+    bn.load_state_dict(before)
+    with suppress(KeyError), running_statistics_kept(bn):
+        close(bn(2 * inputs[name]), normal)
+        raise KeyError  # whatever happens meanwhile
+    same(dict(bn.state_dict()), before)
+    evaluated = bn.eval()(inputs[name])
+    with running_statistics_kept(bn):
+        close(bn(inputs[name]), evaluated)
+    bn.train()(inputs[name] - 50)
+    remembers = KINDS[name][0].track_running_stats
+    assert any((value != before[key]).any() for key, value in bn.state_dict().items()) == remembers
 
 
 def test_one_rank_is_plain_batchnorm():

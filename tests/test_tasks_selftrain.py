@@ -135,6 +135,19 @@ def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, m
 
 
 @pytest.mark.slow
+def test_joint_training_is_every_parts_and_a_moving_teacher_the_students_alone(tmp_path, root):
+    run_dir = tmp_path / "run"
+    words = [each for each in command(root) if not each.startswith(("steps", "threshold"))]
+    more = ["steps=4", "threshold=1.0", "teacher={decay:0.5,burn_in:0.5,threshold:0.0}", "task.joint.data=photos"]
+    run([*words, *more, "task.joint.batch_size=4", f"run_dir={run_dir}"])
+    parts = {name: summary_of(run_dir / name) for name in ("teacher", "student", "control")}
+    assert [part["joint"]["images_seen"] for part in parts.values()] == [16, 16, 32]
+    assert [part["teacher"] is None for part in parts.values()] == [True, False, True]
+    assert parts["student"]["teacher"]["boxes_per_image"] > 0  # although the fixed teacher was sure of nothing
+    assert len({part["start"] for part in parts.values()}) == 1
+
+
+@pytest.mark.slow
 def test_a_teacher_that_is_never_sure_gets_one_clear_line(tmp_path, root, capsys):
     run_dir = tmp_path / "unsure"
     words = [each for each in command(root) if not each.startswith("threshold")]
@@ -269,6 +282,12 @@ def test_grids_have_the_papers_rows_and_columns_and_share_their_cells(backbone):
     grid, cells = planned("grid=init", f"init=[{backbone}]", "augment=s4")
     assert [row.name for row in grid.rows] == ["random", "moco", "random + self-training"]
     assert (len(grid.columns), len(cells)) == (1, 2)
+    grid, cells = planned("grid=joint", f"init={backbone}", "label_fraction=0.2", "task.joint.data=photos")
+    assert [row.name for row in grid.rows] == ["random", "random + self-training", "moco", "moco + self-training"]
+    assert [column.name for column in grid.columns] == ["boxes alone", "jointly"]
+    for place, trains in cells.items():
+        words = selftrain_grid.cell_words(place, trains, ["task=selftrain", "task.joint.data=photos"])
+        assert composed(words).task.joint.data == ("photos" if place.column.joint else None)
 
 
 def test_only_cells_that_compute_the_same_share_a_folder(backbone):
@@ -298,6 +317,11 @@ def test_only_cells_that_compute_the_same_share_a_folder(backbone):
         (["steps=0"], "steps=0 is no whole number of 1 or more"),
         (["growth=-1"], "growth=-1 is no number of 0 or more"),
         (["unlabelled_images=3"], "unlabelled_images=3 is less than data.batch_size=4"),
+        (["teacher=ema"], "task.teacher=ema is neither null nor settings out of decay, burn_in, threshold"),
+        (["teacher={decay:1.0}"], "task.teacher.decay=1.0 is no number from 0 to below 1"),
+        (["task.teacher={decay:0.9}"], "type teacher= instead"),
+        (["task.joint.data=scenes"], "task.joint.data=scenes is no set of images with classes"),
+        (["grid=joint", "init=timm/resnet18"], "name images with classes, task.joint.data=photos"),
         (["data.batch_size=21"], "data.batch_size=21 is more than the 20 training images"),
         (["data.label_fraction=0.2"], "type label_fraction= instead"),
         (["trainer.max_steps=9"], "type steps= instead"),

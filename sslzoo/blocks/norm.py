@@ -1,6 +1,7 @@
 """Normalisation beyond one device's batch: BatchNorm over all ranks, and GroupNorm with standardised weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import timm
 import torch
@@ -39,7 +40,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = sums[:-1] / rows
         centered = full(x) - mean.view(shape)
         variance = all_sum_with_grad(centered.square().sum(rest)) / rows  # (C,)
-        if self.running_mean is not None:
+        if self.track_running_stats:
             self._remember(mean.detach(), variance.detach() * rows / (rows - 1))
         y = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
@@ -106,6 +107,23 @@ def standardised(weight: Tensor, eps: float = 1e-4) -> Tensor:
     flat = weight.flatten(1)
     centered = flat - flat.mean(1, keepdim=True)
     return (centered * centered.square().sum(1, keepdim=True).clamp(min=eps).rsqrt()).view_as(weight)
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Meanwhile BatchNorms of ``module`` in train mode normalise by their batch, and do not remember what it was like.
+
+    For images that evaluation does not resemble: ``running_mean``, ``running_var`` and ``num_batches_tracked`` stay.
+    """
+    layers = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    tracked = [layer for layer in layers if layer.track_running_stats]
+    for layer in tracked:
+        layer.track_running_stats = False  # the buffers stay, and eval mode still uses them
+    try:
+        yield
+    finally:
+        for layer in tracked:
+            layer.track_running_stats = True
 
 
 def has_batchnorm(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -254,6 +255,11 @@ class Images(pl.LightningDataModule):
         self.batch_size, self.seed, self.workers, self.on_error = batch_size, seed, workers, on_error
         self.position = 0
         self.loader: Loader | None = None
+
+    @property
+    def skipped(self) -> list[Path]:
+        """Pictures that this process could not read."""
+        return sorted({Path(self.train.files[row]) for row in self.loader.reader.skipped}) if self.loader else []
 
     def state_dict(self) -> dict:
         """Where the run stands in the data; Lightning restores a loader's own state in the middle of an epoch only."""

@@ -122,8 +122,13 @@ def unit_parts(z: np.ndarray) -> Iterator[np.ndarray]:
         yield unit(z[part])
 
 
-def check_size(encoder: Encoder, size: int, kinds: Sequence[str] = ("last",)) -> dict[str, int]:
-    """Try the encoder on one empty image of ``size`` pixels; returns the width of each kind of feature.
+def check_size(
+    encoder: Encoder, size: int, kinds: Sequence[str] = ("last",), setting: str = "image_size"
+) -> dict[str, int]:
+    """Try the encoder, in eval mode from here on, on one empty image; returns the width of each kind of feature.
+
+    Args:
+        size: side of the image in pixels, which ``setting`` says.
 
     Raises:
         UserError: if the encoder cannot take images of this size.
@@ -135,7 +140,7 @@ def check_size(encoder: Encoder, size: int, kinds: Sequence[str] = ("last",)) ->
     except (AssertionError, RuntimeError, ValueError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the backbone takes no images of image_size={size} pixels ({said}); set image_size to its own"
+            f"the backbone takes no images of {setting}={size} pixels ({said}); set {setting} to its own"
         ) from error
     return {kind: h.shape[1] for kind, h in found.items()}
 

@@ -47,6 +47,14 @@ PUBLISHED_RESNET50 = {  # table 4: ResNet-50, all labels, S4
 }
 
 
+PUBLISHED_JOINT = {  # table 7: 20 % of the labels, S4; alone and jointly with ImageNet's classes
+    ("random", False): (30.7, 33.6),
+    ("random", True): (34.1, 35.1),
+    ("imagenet", False): (33.3, 34.0),
+    ("imagenet", True): (36.0, 36.6),
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """An initialisation, with self-training or without.
@@ -66,11 +74,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """An augmentation and a part of the labels; ``name`` is what tells it from the others."""
+    """An augmentation and a part of the labels; ``name`` is what tells it from the others.
+
+    ``joint`` is false where classes are not learned beside although the grid's command names some.
+    """
 
     name: str
     augment: str
     label_fraction: float
+    joint: bool = True
 
 
 @dataclass
@@ -78,7 +90,7 @@ class Grid:
     """What is known of a grid's cells; values are from 0 to 1.
 
     Attributes:
-        kind: ``fraction``, ``augment`` or ``init``.
+        kind: ``fraction``, ``augment``, ``init`` or ``joint``.
         data: name of the set.
         rows, columns: in the table's order.
         metric: ``AP`` of boxes or masks, ``mIoU`` of pixels, ``top-1`` of images.
@@ -98,24 +110,33 @@ class Grid:
     runs: dict[tuple[Row, Column], list[dict]] = field(default_factory=dict)
     curves: dict[tuple[Row, Column], list[list[tuple[int, int, float]]]] = field(default_factory=dict)
 
-    def reference(self, row: Row) -> Row | None:
-        """What a row is compared with, as the paper does.
+    def reference(self, row: Row, column: Column) -> tuple[Row, Column] | None:
+        """The cell that one is compared with, as the paper does.
 
-        Its Table 3 (``fraction``) compares self-training with the same init without it; Tables 2 and 4 (``augment``,
-        ``init``) compare every row with random init in the same column.
+        Its Table 3 (``fraction``) compares self-training with the same init without it; Table 7 (``joint``) all with
+        the same init without it and with boxes alone; Tables 2 and 4 (``augment``, ``init``) every row with random
+        init in the same column.
         """
-        if self.kind == "fraction":
-            return Row(row.init) if row.self_training else None
-        return None if row == Row("random") else Row("random")
+        if self.kind == "joint":
+            base = Row(row.init), self.columns[0]
+        elif self.kind == "fraction":
+            base = (Row(row.init) if row.self_training else row), column
+        else:
+            base = Row("random"), column
+        return None if base == (row, column) else base
 
     def published(self, row: Row, column: Column) -> float | None:
         """The paper's AP in percent, where it has this cell."""
+        of = row.init, row.self_training
+        strong, whole = column.augment == "s4", column.label_fraction == 1.0
         if self.metric != "AP":
             return None
         if self.kind == "init":
-            whole = (column.augment, column.label_fraction) == ("s4", 1.0)
-            return PUBLISHED_RESNET50.get((row.init, row.self_training)) if whole else None
-        return PUBLISHED.get((row.init, row.self_training, column.augment, column.label_fraction))
+            return PUBLISHED_RESNET50.get(of) if strong and whole else None
+        if self.kind == "joint":
+            there = strong and column.label_fraction == 0.2 and of in PUBLISHED_JOINT
+            return PUBLISHED_JOINT[of][column.joint] if there else None
+        return PUBLISHED.get((*of, column.augment, column.label_fraction))
 
 
 def difference(cell: Cell, other: Cell) -> str:
@@ -172,19 +193,19 @@ def _percent(score: float | None) -> str:
 def _table(grid: Grid) -> str:
     lines = []
     for row in grid.rows:
-        base = grid.reference(row)
         line, control, paper = [row.name], [f"{row.init}, control of as many images"], [f"*paper: {row.name}*"]
         for column in grid.columns:
-            cell, other = grid.scores.get((row, column)), grid.scores.get((base, column)) if base else None
+            base = grid.reference(row, column)
+            cell, other = grid.scores.get((row, column)), grid.scores.get(base) if base else None
             delta = f" ({difference(cell, other)})" if cell and other else ""
             line.append(value(cell) + delta if cell else "failed")
             alone = grid.controls.get((row, column))
             control.append(f"{value(alone)} (student {difference(cell, alone)})" if cell and alone else "")
-            known, reference = grid.published(row, column), grid.published(base, column) if base else None
+            known, reference = grid.published(row, column), grid.published(*base) if base else None
             above = f" ({known - reference:+.1f})" if known is not None and reference is not None else ""
             paper.append("" if known is None else f"*{known:.1f}{above}*")
         lines += [each for each in (line, control, paper) if each is line or any(each[1:])]
-    if grid.kind == "fraction":
+    if grid.kind in ("fraction", "joint"):
         lines += _derived(grid)
     return _lines(["setup", *_names(grid)], lines)
 
@@ -253,6 +274,7 @@ LEGENDS = {
     "fraction": "In brackets: against the same init without self-training, as in the paper's Table 3.",
     "augment": "In brackets: against random init in the same column, as in the paper's Table 2.",
     "init": "In brackets: against random init, as in the paper's Table 4.",
+    "joint": "In brackets: against the same init and boxes alone, without self-training, as in the paper's Table 7.",
 }
 LEGEND = (
     " Mean ± standard deviation (seeds). `~`: under two standard errors; `?`: one seed, which cannot tell. Student and"
@@ -305,7 +327,7 @@ def figure(grid: Grid, path: str | Path) -> Path:
                 axes.errorbar(places, means, spread, label=name, linewidth=1.4, **look)
     axes.set_xticks(range(len(grid.columns)), _names(grid))
     axes.set_xlim(-0.4, len(grid.columns) - 0.6)
-    wanted = {"fraction": "part of the labels", "augment": "augmentation", "init": ""}
+    wanted = {"fraction": "part of the labels", "augment": "augmentation", "init": "", "joint": ""}
     axes.set(title=f"{grid.data}: pre-training and self-training", xlabel=wanted[grid.kind], ylabel=f"{grid.metric}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

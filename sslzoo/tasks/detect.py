@@ -31,6 +31,7 @@ from sslzoo.report.detections import curves, predictions
 from sslzoo.report.progress import Bar, console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
 from sslzoo.tasks.dense import held_out, leave_out_unused
+from sslzoo.tasks.joint import jointly, told
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
     fit,
@@ -79,6 +80,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
         data = Mixed(boxes, load_data(others, labelled, val, masks))
         module = Student(learner, LossBalance(task.alpha))
+    student = module
+    module, data = jointly(sized, student, data)
 
     found: list[dict] = []  # at the last look
 
@@ -131,7 +134,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "train_images": len(train),
         "val_images": len(val),
         "start": start,
-        **({} if moving is None else {"teacher": module.teacher.told()}),
+        "teacher": None if moving is None else student.teacher.told(),
+        "joint": told(config, module, trainer.global_step),
         "skipped_images": len(data.skipped),
         "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
         "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),

@@ -174,10 +174,11 @@ def initial(config: DictConfig) -> Encoder:
 
 
 def trained_weights(run_dir: Path) -> dict[str, Tensor]:
-    """The learner's weights and buffers in a part's checkpoint, a student's without its balance."""
+    """The learner's weights and buffers in a part's checkpoint, without what a student or joint training adds."""
     state = torch.load(run_dir / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    inner = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
-    return inner or state
+    while any(name.startswith("learner.") for name in state):  # of a student, of joint training, or of both
+        state = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
+    return state
 
 
 Set = TypeVar("Set", BoxSet, Cityscapes)

@@ -19,6 +19,7 @@ from sslzoo.report.pseudo import score_histogram
 from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
 from sslzoo.tasks.dense import held_out
+from sslzoo.tasks.joint import jointly
 from sslzoo.tasks.parts import SET_HERE, at_most, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, write_summary
 
@@ -26,7 +27,7 @@ SETTINGS = "selftrain"  # its file in conf/task
 SCORE, NAME = "map", "AP"  # of a whole run, and in tables
 PART_SCORE = "map"
 INSTEAD = "augment"  # of pretraining's views
-GIVEN = SET_HERE | {"task.augment": "augment", "task.alpha": "alpha"}
+GIVEN = SET_HERE | {"task.augment": "augment", "task.alpha": "alpha", "task.teacher": "teacher"}
 
 
 def check(config: DictConfig, part: DictConfig) -> int:
@@ -46,15 +47,18 @@ def check(config: DictConfig, part: DictConfig) -> int:
     if config.self_training:
         check_threshold(config.threshold)
         unlabelled(config)
-    detect.load_data(part, train, val, masks)
-    encoder, sized = backbone_and_config(OmegaConf.merge(part, {}))
-    detect.build_detector(sized, encoder, len(train.classes))
+    student = OmegaConf.merge(part.task, learned(config, Path("pseudo")))
+    detect.moving_teacher(student)
+    data = detect.load_data(part, train, val, masks)
+    encoder, sized = backbone_and_config(part)
+    jointly(sized, Detection(detect.build_detector(sized, encoder, len(train.classes))), data)
     return len(train)
 
 
-def pseudo(config: DictConfig, place: Path) -> str:
-    """``task.pseudo`` of a student that learns from the labels in ``place``."""
-    return str(place / "labels.json")
+def learned(config: DictConfig, place: Path) -> dict:
+    """Settings of ``task`` for a student that learns from the labels in ``place``."""
+    teacher = plain(config.teacher) if isinstance(config.teacher, DictConfig) else config.teacher
+    return {"pseudo": str(place / "labels.json"), "teacher": teacher}
 
 
 def told(part: dict) -> dict:
@@ -81,7 +85,7 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     pseudo = select(images, found, config.threshold, density)
     scores = np.concatenate([each["scores"].double().numpy() for each in found])
     usable = len(pseudo.with_boxes())
-    if usable < config.data.batch_size:
+    if usable < config.data.batch_size and config.teacher is None:  # a moving teacher labels anew
         best = f"the best score is {scores.max():.2f}" if len(scores) else "nothing was found at all"
         raise UserError(
             f"only {usable} of {len(images)} unlabelled images have a box of score {pseudo.threshold:.3g} or more, and"

@@ -52,8 +52,8 @@ class Kind(Protocol):
         """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there."""
 
     @staticmethod
-    def pseudo(config: DictConfig, place: Path) -> object:
-        """``task.pseudo`` of a student that learns from the labels in ``place``."""
+    def learned(config: DictConfig, place: Path) -> dict:
+        """Settings of ``task`` for a student that learns from the labels in ``place``."""
 
     @staticmethod
     def told(part: dict) -> dict:
@@ -125,9 +125,10 @@ def part_words(
         pseudo: a folder of pseudo-labels.
     """
     kind, an_epoch = kind_of(config), max(1, images // config.data.batch_size)
+    learned = {"pseudo": None} if pseudo is None else kind.learned(config, pseudo)
     given = {
         "backbone": initial_name(config),
-        "task.pseudo": None if pseudo is None else kind.pseudo(config, pseudo),
+        **{f"task.{key}": value for key, value in learned.items()},
         "task.every_epochs": max(1, steps // an_epoch // config.looks),
         "task.optim.warmup_epochs": config.warmup * steps / an_epoch,
         "trainer.max_steps": steps,

@@ -29,9 +29,9 @@ INSTEAD = "task.views.*"  # of pretraining's views
 GIVEN = SET_HERE
 
 
-def pseudo(config: DictConfig, place: Path) -> dict:
-    """``task.pseudo`` of a student that learns from the labels in ``place``."""
-    return {"file": str(place / "labels.npz"), "soft": config.soft, "alpha": config.alpha}
+def learned(config: DictConfig, place: Path) -> dict:
+    """Settings of ``task`` for a student that learns from the labels in ``place``."""
+    return {"pseudo": {"file": str(place / "labels.npz"), "soft": config.soft, "alpha": config.alpha}}
 
 
 def told(part: dict) -> dict:

@@ -25,7 +25,7 @@ from sslzoo.tasks.runs import provenance, write_summary
 from sslzoo.tasks.selftrain_cell import Kind, check, kind_of, steps_of
 from sslzoo.tasks.training import started
 
-GRIDS = ("fraction", "augment", "init")
+GRIDS = ("fraction", "augment", "init", "joint")
 OF_THE_GRID = ("grid", "fractions", "augments", "seeds", "jobs", "cells", "run_dir", "resume")
 OF_A_CELL = ("init", "augment", "label_fraction", "seed", "self_training")
 
@@ -108,6 +108,11 @@ def inits(config: DictConfig) -> dict[str, str]:
         raise UserError(f"grid={config.grid} is none of {', '.join(GRIDS)}")
     if config.grid == "augment" and "augment" not in config:
         raise UserError("grid=augment compares s1 to s4, which images to classify do not have; take grid=fraction")
+    if config.grid == "joint" and (config.trains != "detect" or not (config.task.joint and config.task.joint.data)):
+        raise UserError(
+            "grid=joint compares boxes alone with boxes and classes at once: name images with classes,"
+            " task.joint.data=photos, and a detector"
+        )
     for key in ("fractions", "augments", "seeds"):
         if not isinstance(config[key], ListConfig) or not len(config[key]) or len(set(config[key])) < len(config[key]):
             raise UserError(f"{key}={config[key]} is no list of different values; type {key}=[...]")
@@ -132,18 +137,23 @@ def inits(config: DictConfig) -> dict[str, str]:
 
 
 def layout(config: DictConfig, named: dict[str, str]) -> Grid:
-    """The empty table: Table 3 of the paper, Table 2, or Table 4."""
+    """The empty table: Table 3 of the paper, Table 2, Table 4, or Table 7."""
     usual = str(config.augment) if "augment" in config else ""  # images to classify have no s1 to s4
-    if config.grid == "fraction":
-        rows = [Row(name, trains) for name in named.values() for trains in (False, True)]
-        columns = [Column(f"{part:.0%}" if part >= 0.01 else f"{part:.2%}", usual, float(part))
-                   for part in config.fractions]  # fmt: skip
-    else:
-        rows = [*map(Row, named.values()), Row("random", True)]
-        strengths = config.augments if config.grid == "augment" else [usual]
-        columns = [Column(str(each).upper() or f"{config.label_fraction:.0%}", str(each), float(config.label_fraction))
-                   for each in strengths]  # fmt: skip
+    labels = float(config.label_fraction)
+    both = [Row(name, trains) for name in named.values() for trains in (False, True)]
+    last = [*map(Row, named.values()), Row("random", True)]
+    rows, columns = {
+        "fraction": (both, [Column(percent(part), usual, float(part)) for part in config.fractions]),
+        "joint": (both, [Column("boxes alone", usual, labels, joint=False), Column("jointly", usual, labels)]),
+        "augment": (last, [Column(str(each).upper(), str(each), labels) for each in config.get("augments", ())]),
+        "init": (last, [Column(usual.upper() or percent(labels), usual, labels)]),
+    }[config.grid]
     return Grid(config.grid, str(config.data.name), rows, columns, kind_of(config).NAME)
+
+
+def percent(part: float) -> str:
+    """``20%``, or ``0.50%`` of a small part."""
+    return f"{part:.0%}" if part >= 0.01 else f"{part:.2%}"
 
 
 def places(config: DictConfig, grid: Grid, named: dict[str, str]) -> dict[Place, bool]:
@@ -166,6 +176,7 @@ def cell_words(place: Place, trains: bool, kept: Sequence[str]) -> list[str]:
         f"label_fraction={place.column.label_fraction}",
         f"seed={place.seed}",
         f"self_training={word(trains)}",
+        *([] if place.column.joint else ["task.joint.data=null"]),
     ]
 
 

@@ -55,9 +55,9 @@ def check(config: DictConfig, part: DictConfig) -> int:
     return len(train)
 
 
-def pseudo(config: DictConfig, place: Path) -> str:
-    """``task.pseudo`` of a student that learns from the labels in ``place``."""
-    return str(place / "maps")
+def learned(config: DictConfig, place: Path) -> dict:
+    """Settings of ``task`` for a student that learns from the labels in ``place``."""
+    return {"pseudo": str(place / "maps")}
 
 
 def told(part: dict) -> dict:
