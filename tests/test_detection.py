@@ -18,11 +18,12 @@ from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
 from sslzoo.checkpoints import save_backbone
 from sslzoo.config import composed, config_hash, options, plain
-from sslzoo.data.boxes import load_boxes
+from sslzoo.data.boxes import further, load_boxes
 from sslzoo.downstream.average_precision import coco_scores
 from sslzoo.downstream.detection import Detection, first_batches, predict, score
 from sslzoo.downstream.detectors import build
 from sslzoo.downstream.precise_bn import estimate_batchnorm
+from sslzoo.errors import UserError
 from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
@@ -133,7 +134,7 @@ def command(root, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, root):
     run_dir = tmp_path_factory.mktemp("runs") / "detect"
-    return run_dir, run(command(root, f"run_dir={run_dir}", "task.score=0.0"))
+    return run_dir, run(command(root, f"run_dir={run_dir}", "task.score=0.0", "task.also=[val2017]"))
 
 
 def test_a_run_leaves_its_scores_curves_pictures_and_results_with_their_own_ids(finished, sets):
@@ -145,6 +146,7 @@ def test_a_run_leaves_its_scores_curves_pictures_and_results_with_their_own_ids(
     assert summary["method"] == "random"
     assert (summary["steps"], summary["epochs"], summary["images_seen"]) == (9, 3, 36)
     assert all(0 <= summary[name] <= 1 for name in ("map", "map_50", "map_75", "mar_100"))
+    assert summary["also"]["val2017"] == {name: summary[name] for name in summary["also"]["val2017"]}
     results = json.loads((run_dir / "results.json").read_text())
     assert summary["boxes_per_image"] == len(results) / 6
     assert {result["image_id"] for result in results} <= {1000 + 7 * i for i in range(6)}
@@ -249,6 +251,22 @@ def test_images_without_boxes_are_left_out_where_asked(tmp_path):
         assert len(val) == 4
 
 
+def test_further_held_out_parts_have_the_training_images_classes(sets, root):
+    settings = {"name": "coco", "root": root, "class_agnostic": False, "on_error": "raise"}
+    part = further(settings, "val2017", sets[0], masks=True)
+    assert (part.classes, part.image_ids) == (sets[1].classes, sets[1].image_ids)
+    assert len(part.segmentations) == len(part.labels) == len(sets[1].labels)
+    assert further(settings | {"class_agnostic": True}, "val2017", sets[0].agnostic()).classes == ["object"]
+
+
+def test_held_out_pictures_of_which_only_empty_ones_can_be_read_are_refused(tmp_path):
+    root = write_coco(tmp_path, rectangles(tmp_path, "train", 8, 0), rectangles(tmp_path, "val", 4, 1))
+    for image in (1000, 1007, 1014):  # 1021 has no boxes
+        (root / "val2017" / f"{image}.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="have no boxes to score by"):
+        load_sets(composed([*command(root), "data.on_error=skip"]), masks=False)
+
+
 # Mistakes
 
 
@@ -262,6 +280,7 @@ def test_images_without_boxes_are_left_out_where_asked(tmp_path):
         (["task.metric=lvis"], "task.metric=lvis is none of coco, voc07, voc12"),
         (["task.augment=s9"], "task.augment=s9 is none of"),
         (["task.precise_bn=-1"], "task.precise_bn=-1 is no number of images"),
+        (["task.also=[night2017]"], "task.also=night2017 needs"),
         (["task.every_epochs=0"], "task.every_epochs=0 is no number of epochs"),
         (["data.batch_size=64"], "data.batch_size=64 is more than the 12 training images"),
         (["task.optim.schedule=none"], "optim.schedule=none is none of"),

@@ -11,7 +11,7 @@ from sslzoo.data.coco import LAYOUT, read_coco
 from sslzoo.data.voc import devkit, listed, read_voc, splits
 from sslzoo.errors import UserError
 
-__all__ = ["NAMES", "BoxSet", "chosen", "held_back", "load_boxes", "load_unlabelled", "training_pictures"]
+__all__ = ["NAMES", "BoxSet", "chosen", "further", "held_back", "load_boxes", "load_unlabelled", "training_pictures"]
 
 NAMES = ("coco", "voc", "scenes")
 LABELS = ("annotations", "years", "classes", "label_fraction", "class_agnostic")  # what the labels depend on
@@ -133,6 +133,30 @@ def held_back(
         categories = dict(zip(train.category_ids, train.classes, strict=True))
         parts.append(read_coco(file, top / "unlabeled2017", name, masks, on_error, categories))
     return [part.agnostic() for part in parts] if class_agnostic else parts
+
+
+def further(settings: Mapping, split: str, train: BoxSet, masks: bool = False) -> BoxSet:
+    """Another held-out part of a set in COCO's layout, ``annotations/ANNOTATIONS_SPLIT.json`` and ``SPLIT/``.
+
+    Args:
+        settings: those of ``conf/data`` that ``train`` was loaded by.
+        split: e.g. ``valseen2017``.
+        train: the training images, whose classes these have too.
+        masks: read the segmentations too.
+
+    Raises:
+        UserError: if there is no such part, or it is faulty.
+    """
+    asked = chosen(settings)
+    if asked["name"] == "voc":
+        raise UserError(f"task.also={split} is a part of sets in COCO's layout; leave it out, or take data=coco")
+    top = _root(asked["name"], asked["root"])
+    file = top / "annotations" / f"{asked.get('annotations', 'instances')}_{split}.json"
+    if not file.is_file():
+        raise UserError(f"task.also={split} needs {file}, and pictures in {top / split}; put them there")
+    categories = None if asked["class_agnostic"] else dict(zip(train.category_ids, train.classes, strict=True))
+    found = read_coco(file, top / split, asked["name"], masks, asked["on_error"], categories)
+    return found.agnostic() if asked["class_agnostic"] else found
 
 
 def labelled_images(count: int, fraction: float, seed: int = 0) -> np.ndarray:

@@ -13,7 +13,7 @@ from sslzoo.blocks import Encoder
 from sslzoo.config import built, plain
 from sslzoo.data.box_module import Boxes, box_example, twin_example
 from sslzoo.data.box_set import BoxSet
-from sslzoo.data.boxes import chosen, load_boxes
+from sslzoo.data.boxes import chosen, further, load_boxes
 from sslzoo.data.mixed import Mixed
 from sslzoo.data.pseudo_labels import PseudoLabels
 from sslzoo.downstream import detectors
@@ -66,7 +66,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
     train, val = load_sets(config, masks)
-    val = held_out(val, config.data.on_error)
+    also = {split: further(plain(config.data), split, train, masks) for split in task.also}
+    also = {split: held_out(part, config.data.on_error) for split, part in also.items()}
     detector = build_detector(sized, encoder, len(train.classes))
     data = boxes = load_data(config, train, val, masks)
     optim = built(task.optim, "task.optim", Optim, batch_size=boxes.batch_size)
@@ -108,6 +109,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if not found:  # a run resumed after its end looks no more; ranks find together, as in a look
         learner.to(trainer.strategy.root_device)  # the trainer has taken it from there
         found = predict(learner, val)
+    learner.to(trainer.strategy.root_device)
+    more = {split: score(part, predict(learner, part), task.metric, masks) for split, part in also.items()}
     if not trainer.is_global_zero:
         return {}
 
@@ -122,6 +125,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "model": task.model,
         **{name: evaluate.values.get(name) for name in ("map", "map_50", "map_75")},
         **evaluate.values,
+        "also": more,
         "metric": task.metric,
         "boxes_per_image": sum(len(each["scores"]) for each in found) / len(found),
         "true_boxes_per_image": len(val.labels) / len(val),
@@ -157,7 +161,7 @@ def with_masks(config: DictConfig) -> bool:
 
 
 def load_sets(config: DictConfig, masks: bool) -> tuple[BoxSet, BoxSet]:
-    """The training and held-out images of ``config.data``.
+    """The training images of ``config.data``, and the held-out ones that can be read.
 
     With ``task.drop_empty`` training leaves out images without boxes, or with none but crowds', as detectron2 does.
 
@@ -169,6 +173,7 @@ def load_sets(config: DictConfig, masks: bool) -> tuple[BoxSet, BoxSet]:
     if config.task.drop_empty:
         image = np.repeat(np.arange(len(train)), np.diff(train.starts))
         train = train.subset(np.unique(image[~train.crowd]))
+    val = held_out(val, config.data.on_error)
     if not len(val.labels):
         raise UserError(f"the held-out images of data={val.name} have no boxes to score by; choose data that has some")
     return train, val
@@ -248,5 +253,7 @@ def report(summary: dict, run_dir: Path) -> None:
         f"{scores} ({summary['metric']}, {summary['val_images']} held-out images of {summary['data']}),"
         f" {summary['boxes_per_image']:.1f} boxes an image of {summary['true_boxes_per_image']:.1f}"
     )
+    for split, of_split in summary["also"].items():
+        console.print(f"{split}: AP {100 * of_split['map']:.1f}, AP50 {100 * of_split['map_50']:.1f}")
     written = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
     console.print(f"{summary['steps']} steps in {summary['seconds']:.0f} s -> {run_dir}: {written}")

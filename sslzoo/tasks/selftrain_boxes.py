@@ -18,7 +18,6 @@ from sslzoo.report.progress import console
 from sslzoo.report.pseudo import score_histogram
 from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
-from sslzoo.tasks.dense import held_out
 from sslzoo.tasks.joint import jointly
 from sslzoo.tasks.parts import SET_HERE, at_most, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, write_summary
@@ -43,7 +42,6 @@ def check(config: DictConfig, part: DictConfig) -> int:
         )
     masks = detect.with_masks(config)
     train, val = detect.load_sets(config, masks)
-    held_out(val, config.data.on_error)
     if config.self_training:
         check_threshold(config.threshold)
         unlabelled(config)
