@@ -137,8 +137,8 @@ def keys_of(config: DictConfig) -> dict[str, object]:
 # What may differ between two halves of one run: where and how it runs, never what it computes.
 PLACE = (
     "trainer.devices", "trainer.accelerator", "trainer.num_nodes", "data.root", "data.workers", "data.on_error",
-    "logger.", "monitor.", "checkpoint.", "resume", "run_dir", "backbone", "runs", "task.cache", "task.joint.root", "task.also",
-    "self_training", "jobs", "cells",
+    "logger.", "monitor.", "checkpoint.", "resume", "run_dir", "backbone", "runs", "task.cache",
+    "task.joint.root", "task.also", "self_training", "jobs", "cells",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sslzoo.config import composed
 from sslzoo.errors import UserError
 from sslzoo.monitor import Stopped
 from sslzoo.tasks import jobs
-from sslzoo.tasks.jobs import several_devices, together
+from sslzoo.tasks.jobs import several_devices, side_by_side, together
 
 SCRIPT = """
 import os, pathlib, signal, sys, time
@@ -88,3 +88,13 @@ def test_how_many_devices_a_run_takes(monkeypatch):
     assert [several(devices) for devices in (1, 2, "auto")] == [False, True, False]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert several("auto")
+
+
+@pytest.mark.parametrize(("gigabytes", "cores", "jobs"), [(64, 4, 4), (6, 4, 2), (1, 4, 1), (64, 1, 1)])
+def test_as_many_runs_go_side_by_side_as_cores_and_free_memory_allow(tmp_path, monkeypatch, gigabytes, cores, jobs):
+    told = tmp_path / "meminfo"
+    told.write_text(f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {gigabytes * 2**20} kB\n")
+    monkeypatch.setattr("sslzoo.tasks.jobs.MEMINFO", told)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert side_by_side(None) == jobs
+    assert side_by_side(7) == 7

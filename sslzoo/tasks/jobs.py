@@ -14,11 +14,22 @@ from omegaconf import DictConfig
 from sslzoo.errors import UserError
 from sslzoo.monitor import Stopped
 
+MEMINFO = Path("/proc/meminfo")
+MEMORY_MB = 2500  # of one run among several; the built-in scenes take 1,500
+
 
 def several_devices(config: DictConfig) -> bool:
     """Whether a run of ``config`` takes more than one device."""
     devices = config.trainer.devices
     return torch.cuda.device_count() > 1 if devices == "auto" else devices not in (1, "1")
+
+
+def side_by_side(jobs: int | None) -> int:
+    """``jobs``; for None as many runs as there are cores and free memory for, one at least."""
+    if jobs is not None:
+        return jobs
+    (line,) = (line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return max(1, min(len(os.sched_getaffinity(0)), int(line.split()[1]) // 1024 // MEMORY_MB))
 
 
 def together(

@@ -139,7 +139,8 @@ def part_words(
 
 def check(config: DictConfig, overrides: Sequence[str]) -> int:
     """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images."""
-    check_numbers(config, ("steps", "looks", "iterations", "jobs"), ("growth", "warmup"))
+    jobs = () if config.jobs is None else ("jobs",)
+    check_numbers(config, ("steps", "looks", "iterations", *jobs), ("growth", "warmup"))
     LossBalance(config.alpha)
     initial(config)
     teacher = composed(part_words(config, overrides, steps_of(config), config.data.batch_size))

@@ -19,7 +19,7 @@ from sslzoo.report.csv_log import read_rows
 from sslzoo.report.grid import Column, Grid, Row, csv_text, figure, markdown
 from sslzoo.report.progress import console
 from sslzoo.report.table import Cell
-from sslzoo.tasks.jobs import together
+from sslzoo.tasks.jobs import side_by_side, together
 from sslzoo.tasks.parts import initial, word
 from sslzoo.tasks.runs import provenance, write_summary
 from sslzoo.tasks.selftrain_cell import Kind, check, kind_of, steps_of
@@ -59,8 +59,9 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     top = Path(config.cells) if config.cells else run_dir / "cells"
     folders = {place: top / name_of(place, configs[place]) for place in cells}
     todo = {place: configs[place] for place in cells if not finished(folders[place], cells[place])}
+    jobs = side_by_side(config.jobs)
     console.print(
-        f"grid={config.grid}: {len(cells)} cells, {len(cells) - len(todo)} of them finished, {config.jobs} at a time,"
+        f"grid={config.grid}: {len(cells)} cells, {len(cells) - len(todo)} of them finished, {jobs} at a time,"
         f" {run_dir}"
     )
     commands = {
@@ -71,7 +72,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if commands:
         work = {folders[place].name: (folders[place], configs[place]) for place in todo}
         with progress(work) as tick:
-            failed = together(commands, run_dir / "logs", config.jobs, tick)
+            failed = together(commands, run_dir / "logs", jobs, tick)
     fill(grid, folders, kind_of(config))
     write_text(run_dir / "table.md", markdown(grid))
     write_text(run_dir / "table.csv", csv_text(grid))
