@@ -23,9 +23,9 @@ zoo: $(VENV)/installed  ## every method at demo scale, three seeds: the README's
 	$(BIN)/python benchmarks/zoo.py
 
 SELFTRAIN := runs/selftrain
-BACKBONE := $(SELFTRAIN)/moco/backbone.safetensors
-PRETRAIN = method=moco data=scenes encoder=resnet10_half image_size=64 method.queue_size=512 data.batch_size=128 \
-	trainer.max_epochs=100 monitor.doctor=false
+BACKBONE := $(SELFTRAIN)/swav/backbone.safetensors
+PRETRAIN = method=swav data=scenes encoder=resnet10_half image_size=64 views.full.size=48 local_size=24 \
+	method.queue_size=0 method.prototypes=128 data.batch_size=128 trainer.max_epochs=100 monitor.doctor=false
 FRACTION = task=selftrain grid=fraction init=$(BACKBONE)
 QUICK = $(FRACTION) fractions=[0.1,1.0] steps=1800
 FULL = $(FRACTION) fractions=[0.1,0.2,0.5,1.0] cells=$(SELFTRAIN)/cells
@@ -33,7 +33,7 @@ AUGMENT = task=selftrain grid=augment init=$(BACKBONE) cells=$(SELFTRAIN)/cells
 # $(call run,NAME,WORDS): a run, or the rest of one that was stopped
 run = $(BIN)/python -m sslzoo $(if $(wildcard $(SELFTRAIN)/$1/config.yaml),resume=$(SELFTRAIN)/$1,$2 run_dir=$(SELFTRAIN)/$1)
 
-selftrain: $(BACKBONE)  ## pre-train or self-train? two label counts, controls, one seed: an hour on two quiet cores
+selftrain: $(BACKBONE)  ## pre-train or self-train? two label counts, controls, one seed: half an hour on two quiet cores
 	$(call run,quick,$(QUICK))
 
 selftrain-full: $(BACKBONE)  ## the same at four label counts, and with S1 to S4: hours, goes on where it was stopped
@@ -41,7 +41,7 @@ selftrain-full: $(BACKBONE)  ## the same at four label counts, and with S1 to S4
 	$(call run,augment,$(AUGMENT))
 
 $(BACKBONE): | $(VENV)/installed
-	$(call run,moco,$(PRETRAIN))
+	$(call run,swav,$(PRETRAIN))
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,8 @@
 After a burn-in on human labels (sec. 3.1) the average of all the student's weights labels the images of every step anew
 (sec. 3.2): it sees a view as it is, the student learns its boxes from the same view distorted. Here the two losses are
 weighed by ``selftrain.LossBalance``, where the paper has a constant 4; the boxes' places are learned as well as their
-classes, of which the paper learns the latter; and images in which the teacher is sure of nothing teach nothing.
+classes, of which the paper learns the latter; images in which the teacher is sure of nothing teach nothing; the burn-in
+is a part of the run, in the paper 2,000 steps; and it is the student that is scored.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,5 +1,6 @@
 """Sets with boxes: parts, one class, pictures as annotated, and what pretraining sees of them."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from boxed import content, picture, random_truth, write_coco
+from boxed import content, picture, random_truth, rectangles, write_coco
 from sslzoo.config import composed, plain
-from sslzoo.data.boxes import NAMES, chosen, labelled_images, load_boxes
+from sslzoo.data.boxes import NAMES, chosen, labelled_images, load_boxes, load_unlabelled
 from sslzoo.data.decode import ORIENTATION
 from sslzoo.data.images import load
 from sslzoo.errors import UserError
@@ -109,6 +110,19 @@ def test_every_config_composes_and_names_what_the_loaders_take(name):
     assert arguments["name"] == name
     known = set(arguments) | {"batch_size", "workers", "mean", "std", "memory_limit_mb"}
     assert set(yaml.safe_load((CONF / f"{name}.yaml").read_text())) == known
+
+
+def test_an_image_name_that_labelled_and_unlabelled_pictures_share_is_refused(tmp_path):
+    root = write_coco(tmp_path, rectangles(tmp_path, "train", 8, 0), rectangles(tmp_path, "val", 4, 1))
+    more = rectangles(root, "unlabeled", 4, 2) | {"annotations": []}
+    file = root / "annotations" / "image_info_unlabeled2017.json"
+    file.write_text(json.dumps(more))
+    with pytest.raises(UserError, match="train2017 and unlabeled2017 both have an image 10"):
+        load_unlabelled("coco", root, label_fraction=0.25)
+    for image in more["images"]:
+        image["id"] += 1
+    file.write_text(json.dumps(more))
+    assert len(load_unlabelled("coco", root, label_fraction=0.25)) == 6 + 4
 
 
 def test_pretraining_sees_the_training_images_without_labels(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 from boxed import rectangles, write_coco
 from sslzoo.data.boxes import load_boxes, load_unlabelled
 from sslzoo.data.map_module import map_example
-from sslzoo.data.maps import load_maps, load_unlabelled_maps
+from sslzoo.data.maps import held_back_maps, load_maps, load_unlabelled_maps
 from sslzoo.data.pseudo_maps import PseudoMaps
 from sslzoo.downstream.segmentation import pixel_cross_entropy
 from sslzoo.errors import UserError
@@ -95,7 +95,7 @@ def test_labelled_and_unlabelled_images_share_none_and_labels_held_back_are_true
     place = root if kind == "coco" else write_cityscapes(tmp_path / "cityscapes", train=6)
     settings = {"name": kind, "root": place, "label_fraction": 0.5, "on_error": "raise"}
     train, _ = load_maps(settings)
-    images, (truth,) = load_unlabelled_maps(settings)
+    images, (truth,) = load_unlabelled_maps(settings), held_back_maps(settings)
     whole, _ = load_maps(settings | {"label_fraction": 1.0})
     assert not set(train.image_ids) & set(images.image_ids)
     assert {*train.image_ids, *images.image_ids} == set(whole.image_ids)

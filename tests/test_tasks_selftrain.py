@@ -3,13 +3,15 @@
 import json
 import shlex
 from itertools import pairwise
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
-from boxed import write_coco
+from boxed import write_coco, write_voc
 from runs import Killed, checkpoint_of, dies_in, in_this_process
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
@@ -18,7 +20,9 @@ from sslzoo.config import composed, keys_of
 from sslzoo.data.boxes import labelled_images
 from sslzoo.monitor import Metrics
 from sslzoo.tasks import selftrain_grid
-from sslzoo.tasks.parts import own_settings, word
+from sslzoo.tasks.detect import load_sets
+from sslzoo.tasks.parts import moved, own_settings, word
+from sslzoo.tasks.selftrain_boxes import unlabelled
 from sslzoo.tasks.selftrain_cell import part_words, steps_of
 
 
@@ -139,12 +143,64 @@ def test_joint_training_is_every_parts_and_a_moving_teacher_the_students_alone(t
     run_dir = tmp_path / "run"
     words = [each for each in command(root) if not each.startswith(("steps", "threshold"))]
     more = ["steps=4", "threshold=1.0", "teacher={decay:0.5,burn_in:0.5,threshold:0.0}", "task.joint.data=photos"]
-    run([*words, *more, "task.joint.batch_size=4", f"run_dir={run_dir}"])
+    summary = run([*words, *more, "task.joint.batch_size=4", f"run_dir={run_dir}"])
     parts = {name: summary_of(run_dir / name) for name in ("teacher", "student", "control")}
-    assert [part["joint"]["images_seen"] for part in parts.values()] == [16, 16, 32]
+    assert [part["joint"]["images_seen"] for part in parts.values()] == [16, 16, 24]
     assert [part["teacher"] is None for part in parts.values()] == [True, False, True]
+    assert [part["images_seen"] for part in parts.values()] == [16, 24, 24]  # no pseudo half in the burn-in
+    assert summary["student"]["teacher"] == parts["student"]["teacher"]
     assert parts["student"]["teacher"]["boxes_per_image"] > 0  # although the fixed teacher was sure of nothing
     assert len({part["start"] for part in parts.values()}) == 1
+
+
+@pytest.mark.slow
+def test_what_may_change_where_a_run_goes_on_reaches_its_parts_and_nothing_is_lost(tmp_path, finished):
+    run_dir, summary = tmp_path / "again", finished[1]
+    copytree(finished[0], run_dir)
+    resumed = run([f"resume={run_dir}", "task.also=[val2017]", "self_training=false", "data.workers=2"])
+    for name, part in (("supervised", "teacher"), ("student", "student"), ("control", "control")):
+        assert resumed[name]["also"]["val2017"]["map"] == resumed[name]["map"] == summary[name]["map"]
+        assert summary_of(run_dir / part)["also"].keys() == {"val2017"}
+        one, other = (checkpoint_of(top / part)["state_dict"] for top in (finished[0], run_dir))
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert OmegaConf.load(run_dir / "config.yaml").self_training is True
+
+
+def test_what_is_typed_for_a_part_that_goes_on_is_what_has_moved(tmp_path):
+    begun = tmp_path / "config.yaml"
+    OmegaConf.save(composed(["task=detect", "backbone=random", "data=coco", "data.root=/old", "seed=1"]), begun)
+    words = ["task=selftrain", "data=coco", "data.root=/new", "trainer.devices=2", "seed=2", "data.on_error=raise"]
+    assert set(moved(begun, composed(words))) == {
+        "data.root=/new", "trainer.devices=2", "data.on_error=raise"
+    }  # fmt: skip
+
+
+def test_masks_of_pascal_are_labelled_in_no_image_that_taught_the_teacher(tmp_path):
+    names = [f"{number:06d}" for number in range(12)]
+    objects = {name: [("dog", 0, 1, 1, 10, 20)] for name in names}
+    lists = {"train": names, "val": ["val"], "trainval": names}
+    root = write_voc(tmp_path, 2012, lists, {**objects, "val": objects[names[0]]},
+                     segmentation={name: {"dog": 12} for name in [*names[::2], "val"]})  # fmt: skip
+    words = ["task=selftrain", "data=voc", f"data.root={root}", "data.years=2012", "task.model=mask_rcnn_fpn"]
+    config = composed([*words, "label_fraction=0.5", "data.batch_size=2"])
+    train, _ = load_sets(config, masks=True)
+    others = unlabelled(config)
+    assert (len(train), len(others)) == (3, 3)
+    assert {*train.image_ids, *others.image_ids} == set(names[::2])
+
+
+@pytest.mark.slow
+def test_a_damaged_unlabelled_picture_is_met_before_the_teacher_and_skipped_where_asked(tmp_path, capsys):
+    top = tmp_path / "coco"
+    root = write_coco(top, squares(top, "train", 40, 0), squares(top, "val", 6, 1))
+    damaged = min({*range(40)} - set(labelled_images(40, 0.5).tolist()))
+    (root / "train2017" / f"{10 + 3 * damaged}.png").write_bytes(b"damaged")
+    words = [each for each in command(root) if not each.startswith("steps")]
+    assert main([*words, "data.on_error=raise", f"run_dir={tmp_path / 'raised'}"]) == 2
+    assert f"{10 + 3 * damaged}.png" in capsys.readouterr().err
+    assert not (tmp_path / "raised").exists()
+    summary = run([*words, "steps=1", "data.on_error=skip", f"run_dir={tmp_path / 'skipped'}"])
+    assert summary["pseudo"]["images"] == 19
 
 
 @pytest.mark.slow
@@ -316,7 +372,14 @@ def test_only_cells_that_compute_the_same_share_a_folder(backbone):
         (["alpha=-1"], "alpha=-1"),
         (["steps=0"], "steps=0 is no whole number of 1 or more"),
         (["growth=-1"], "growth=-1 is no number of 0 or more"),
-        (["unlabelled_images=3"], "unlabelled_images=3 is less than data.batch_size=4"),
+        (["unlabelled_images=3"], "data.batch_size=4 is more than the 3 images left to label"),
+        (["unlabelled_images=some"], "unlabelled_images=some is no whole number of 1 or more"),
+        (["self_training=maybe"], "self_training=maybe is neither true nor false"),
+        (["task.also=[night2017]"], "task.also=night2017 needs"),
+        (["task.also=night2017"], "task.also=night2017 is no list of held-out parts"),
+        (["task.metric=foo"], "task.metric=foo is none of coco"),
+        (["task.clip=far"], "task.clip=far is no norm of gradients"),
+        (["task.optim.name=foo"], "foo"),
         (["teacher=ema"], "task.teacher=ema is neither null nor settings out of decay, burn_in, threshold"),
         (["teacher={decay:1.0}"], "task.teacher.decay=1.0 is no number from 0 to below 1"),
         (["task.teacher={decay:0.9}"], "type teacher= instead"),

@@ -233,7 +233,17 @@ def _whole(
 
 
 def _joined(first: BoxSet, second: BoxSet) -> BoxSet:
-    """Two sets without objects as one."""
+    """Two sets without objects as one.
+
+    Raises:
+        UserError: if they share a name of an image: labels belong to names.
+    """
+    both = set(first.image_ids) & set(second.image_ids)
+    if both:
+        raise UserError(
+            f"train2017 and unlabeled2017 both have an image {min(both, key=str)}, and what is said of one would be"
+            " taken for the other's; number them apart"
+        )
     return BoxSet(
         **{
             **vars(first),

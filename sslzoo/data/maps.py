@@ -68,8 +68,8 @@ def load_maps(settings: Mapping, seed: int = 0) -> tuple[MapSet, MapSet]:
     return train, val
 
 
-def load_unlabelled_maps(settings: Mapping, seed: int = 0) -> tuple[MapSet, list[MapSet]]:
-    """The images that self-training may label, and sets with the true maps of some of them, to judge its labels by.
+def load_unlabelled_maps(settings: Mapping, seed: int = 0) -> MapSet:
+    """The images that self-training may label.
 
     Args:
         settings, seed: see ``load_maps``; what its ``label_fraction`` leaves of the training images is here, and
@@ -79,11 +79,17 @@ def load_unlabelled_maps(settings: Mapping, seed: int = 0) -> tuple[MapSet, list
         UserError: if there are none.
     """
     if settings["name"] != "cityscapes":
-        asked = {**boxes.chosen(settings), "segmentation": True, "seed": seed}
-        return boxes.load_unlabelled(**asked), boxes.held_back(**asked, masks=True)
+        return boxes.load_unlabelled(**boxes.chosen(settings), segmentation=True, seed=seed)
     train = read_cityscapes(settings["root"], "train", settings["on_error"])
     used = boxes.labelled_images(len(train), settings["label_fraction"], seed)
     rest = np.setdiff1d(np.arange(len(train)), used)
     if not len(rest):
         raise UserError("data=cityscapes has no unlabelled images; pass data.label_fraction below 1")
-    return train.subset(rest), [train.subset(rest)]
+    return train.subset(rest)
+
+
+def held_back_maps(settings: Mapping, seed: int = 0) -> list[MapSet]:
+    """Sets with the true maps of some images of ``load_unlabelled_maps``: to judge labels by, never to train on."""
+    if settings["name"] == "cityscapes":
+        return [load_unlabelled_maps(settings, seed)]
+    return boxes.held_back(**boxes.chosen(settings), masks=True, segmentation=True, seed=seed)

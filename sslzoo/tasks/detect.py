@@ -1,12 +1,13 @@
 """Train a detector on a backbone, and score it on held-out images."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sslzoo.blocks import Encoder
@@ -55,19 +56,13 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     checkpoint = None
     if config.resume is not None:
         config, checkpoint = resumed(config, overrides)
-    refuse_pretraining(overrides, "detect", "task.optim.* or task.augment")
-    task, masks = config.task, with_masks(config)
-    if config.data.label_list is not None:
-        raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
-    check_metric(task.metric)
-    check_images(task.precise_bn)
-    moving = moving_teacher(task)
+    check(config, overrides)
+    task, masks, moving = config.task, with_masks(config), moving_teacher(config.task)
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
     train, val = load_sets(config, masks)
-    also = {split: further(plain(config.data), split, train, masks) for split in task.also}
-    also = {split: held_out(part, config.data.on_error) for split, part in also.items()}
+    also = load_further(config, train, masks)
     detector = build_detector(sized, encoder, len(train.classes))
     data = boxes = load_data(config, train, val, masks)
     optim = built(task.optim, "task.optim", Optim, batch_size=boxes.batch_size)
@@ -114,6 +109,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if not trainer.is_global_zero:
         return {}
 
+    steps = int(trainer.estimated_stepping_batches)  # of the burn-in only the human half counts
+    burnt = 0 if moving is None else boxes.batch_size * min(trainer.global_step, math.ceil(moving.burn_in * steps))
     write_results(run_dir / "results.json", val, found)
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
     curves(rows.rows, run_dir / "curves.png", title)
@@ -133,7 +130,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "steps": trainer.global_step,
         "epochs": data.loader.position / len(data.loader),
         "seconds": metrics.seconds,
-        "images_seen": trainer.global_step * data.batch_size,
+        "images_seen": trainer.global_step * data.batch_size - burnt,
         "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
         "train_images": len(train),
         "val_images": len(val),
@@ -153,6 +150,23 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     tell_skipped(data.skipped)
     report(summary, run_dir)
     return summary
+
+
+def check(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse, by UserError, settings that mean nothing here."""
+    task = config.task
+    refuse_pretraining(overrides, "detect", "task.optim.* or task.augment")
+    if config.data.label_list is not None:
+        raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
+    check_metric(task.metric)
+    check_images(task.precise_bn)
+    moving_teacher(task)
+    if not isinstance(task.also, ListConfig) or not all(isinstance(split, str) for split in task.also):
+        raise UserError(f"task.also={task.also} is no list of held-out parts; write task.also=[valseen2017]")
+    if not (task.clip is None or (isinstance(task.clip, int | float) and task.clip > 0)):
+        raise UserError(f"task.clip={task.clip} is no norm of gradients; give a number above 0, or null")
+    built(task.optim, "task.optim", Optim, batch_size=config.data.batch_size)
+    device(config)
 
 
 def with_masks(config: DictConfig) -> bool:
@@ -177,6 +191,12 @@ def load_sets(config: DictConfig, masks: bool) -> tuple[BoxSet, BoxSet]:
     if not len(val.labels):
         raise UserError(f"the held-out images of data={val.name} have no boxes to score by; choose data that has some")
     return train, val
+
+
+def load_further(config: DictConfig, train: BoxSet, masks: bool) -> dict[str, BoxSet]:
+    """The further held-out parts of ``task.also``, as ``load_sets`` loads the first."""
+    parts = {split: further(plain(config.data), split, train, masks) for split in config.task.also}
+    return {split: held_out(part, config.data.on_error) for split, part in parts.items()}
 
 
 def load_data(config: DictConfig, train: BoxSet, val: BoxSet, masks: bool) -> Boxes:

@@ -25,9 +25,11 @@ def several_devices(config: DictConfig) -> bool:
 
 
 def side_by_side(jobs: int | None) -> int:
-    """``jobs``; for None as many runs as there are cores and free memory for, one at least."""
+    """``jobs``; for None as many runs as there are GPUs, or without any cores and free memory for, one at least."""
     if jobs is not None:
         return jobs
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
     (line,) = (line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
     return max(1, min(len(os.sched_getaffinity(0)), int(line.split()[1]) // 1024 // MEMORY_MB))
 

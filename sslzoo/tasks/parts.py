@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ SET_HERE = {  # settings of a part that self-training sets itself -> what to typ
     "trainer.max_steps": "steps",
     "trainer.max_epochs": "steps",
 }
+MOVES = ("trainer.devices", "trainer.accelerator", "trainer.num_nodes", "data.root", "data.workers", "data.on_error",
+         "checkpoint.", "task.also", "task.joint.root")  # fmt: skip
 Train = Callable[[Path, int, Path | None], dict]  # of a folder, steps and a folder of pseudo-labels: a part's summary
 Label = Callable[[Path, Path], dict]  # of a teacher's folder and one for its labels: what is said of them
 
@@ -44,7 +46,8 @@ def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label:
         run_dir: of the whole, with ``teacher`` in it; gets ``pseudo``, ``student`` and ``control``.
         teacher: summary of the first teacher.
         iterations: students; each but the last is the teacher of the next.
-        train, label: make a part unless it is there.
+        train: makes a part unless it is there.
+        label: makes pseudo-labels; not called where they are.
         score: name of the score in the parts' summaries.
 
     Returns:
@@ -55,7 +58,8 @@ def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label:
     for turn in range(1, iterations + 1):
         ending = f"_{turn}" if turn > 1 else ""
         labels = run_dir / f"pseudo{ending}"
-        found = label(source, labels)
+        told = labels / "summary.json"
+        found = json.loads(told.read_text()) if told.is_file() else label(source, labels)
         source = run_dir / f"student{ending}"
         student = train(source, steps, labels)
         if student["start"] != teacher["start"]:
@@ -97,16 +101,31 @@ def trained(config: DictConfig, place: Path, words: Callable[[], list[str]]) -> 
         config: of the whole.
         words: what to type for the part, ``task=...`` first; called if it was not begun.
     """
-    done = place / "summary.json"
-    if not done.is_file():
-        begun = place / "config.yaml"
-        typed = [f"resume={place}"] if begun.is_file() else [*words(), f"run_dir={word(str(place))}"]
+    done, begun = place / "summary.json", place / "config.yaml"
+    said = json.loads(done.read_text()) if done.is_file() else {}
+    asked = set(config.task.get("also", ()))  # held-out parts that a finished one may not have been scored on
+    if not said or asked - set(said.get("also", asked)):
+        again = begun.is_file()
+        typed = [f"resume={place}", *moved(begun, config)] if again else [*words(), f"run_dir={word(str(place))}"]
         if several_devices(config):
             together({place.name: typed}, place.parent / "logs")  # Lightning starts the other ranks itself
         else:
-            name = OmegaConf.load(begun).task.name if begun.is_file() else typed[0].removeprefix("task=")
+            name = OmegaConf.load(begun).task.name if again else typed[0].removeprefix("task=")
             task(name)(composed([f"task={name}", *typed]), typed)
     return json.loads(done.read_text())
+
+
+def moved(begun: Path, config: DictConfig) -> list[str]:
+    """What to type for a run that goes on elsewhere or otherwise than before: devices, folders, what is done on errors.
+
+    Args:
+        begun: its ``config.yaml``.
+        config: of the whole, which may have been resumed with other such settings.
+    """
+    stored, now = keys_of(OmegaConf.load(begun)), keys_of(config)
+    return [
+        f"{key}={word(now[key])}" for key in stored if key.startswith(MOVES) and key in now and now[key] != stored[key]
+    ]
 
 
 def words_of(
@@ -207,6 +226,22 @@ def check_typed(overrides: Sequence[str], given: Mapping[str, str], augmentation
         if key in given:
             raise UserError(f"{key} is set by task=selftrain for each part of a run; type {given[key]}= instead")
     refuse_pretraining(overrides, "selftrain", f"task.optim.* or {augmentation}")
+
+
+def check_flags(config: DictConfig, *keys: str) -> None:
+    """Refuse, by UserError, settings that are neither true nor false."""
+    for key in keys:
+        if not isinstance(config[key], bool):
+            raise UserError(f"{key}={config[key]} is neither true nor false")
+
+
+def enough(images: Sized, batch_size: int) -> None:
+    """Refuse, by UserError, fewer images to label than a batch takes."""
+    if len(images) < batch_size:
+        raise UserError(
+            f"data.batch_size={batch_size} is more than the {len(images)} images left to label; set it to at most"
+            f" {len(images)}, or label_fraction= lower"
+        )
 
 
 def check_numbers(config: DictConfig, whole: Sequence[str], real: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sslzoo.blocks import Encoder
 from sslzoo.config import built, plain
@@ -56,7 +56,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     module = learner = build_learner(sized, encoder, len(train.map_classes), optim)
     start = fingerprint(learner)
     if task.pseudo is not None:
-        labelled = PseudoMaps.read(task.pseudo, load_unlabelled_maps(plain(config.data), config.seed)[0])
+        labelled = PseudoMaps.read(task.pseudo, load_unlabelled_maps(plain(config.data), config.seed))
         others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
         data = Mixed(data, batches(others, labelled, val))
         module = Student(learner, LossBalance(task.alpha))
@@ -124,14 +124,22 @@ def check(config: DictConfig, overrides: Sequence[str]) -> None:
         raise UserError("data.label_list names images to classify; for task=segment set data.label_fraction instead")
     if config.trainer.accumulate_grad_batches != 1:
         raise UserError("task=segment does not accumulate gradients: set trainer.accumulate_grad_batches=1")
-    if not task.scales or not all(0 < scale <= 8 for scale in task.scales):
-        raise UserError(f"task.scales={list(task.scales)} are no scales; list one or more above 0 and up to 8")
+    check_scales("task.scales", task.scales)
+    built(task.optim, "task.optim", Optim, batch_size=config.data.batch_size)
+    device(config)
     pooled = task.model == "deeplabv3" or (task.model == "nas_fpn" and task.norm == "batch")
     if pooled and config.data.batch_size < 2:
         raise UserError(
             f"data.batch_size={config.data.batch_size} leaves task.model={task.model} with BatchNorms of one value;"
             " set data.batch_size to 2 or more"
         )
+
+
+def check_scales(name: str, scales: object) -> None:
+    """Refuse, by UserError, what is no list of scales to look at an image in."""
+    listed = list(scales) if isinstance(scales, ListConfig) else []
+    if not listed or not all(isinstance(scale, int | float) and 0 < scale <= 8 for scale in listed):
+        raise UserError(f"{name}={scales} are no scales; list one or more above 0 and up to 8")
 
 
 def load_sets(config: DictConfig) -> tuple[MapSet, MapSet]:

@@ -1,6 +1,5 @@
 """Self-training of detectors: what a part learns from, and how a teacher's run finds objects in unlabelled images."""
 
-import json
 import math
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from sslzoo.report.progress import console
 from sslzoo.report.pseudo import score_histogram
 from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
+from sslzoo.tasks.dense import held_out
 from sslzoo.tasks.joint import jointly
-from sslzoo.tasks.parts import SET_HERE, at_most, trained_weights
+from sslzoo.tasks.parts import SET_HERE, at_most, enough, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, write_summary
 
 SETTINGS = "selftrain"  # its file in conf/task
@@ -36,18 +36,16 @@ def check(config: DictConfig, part: DictConfig) -> int:
         config: of self-training.
         part: of the teacher.
     """
-    if config.unlabelled_images is not None and config.unlabelled_images < config.data.batch_size:
-        raise UserError(
-            f"unlabelled_images={config.unlabelled_images} is less than data.batch_size={config.data.batch_size}"
-        )
+    detect.check(part, [])
+    student = OmegaConf.merge(part, {"task": learned(config, Path("pseudo"))})
+    detect.moving_teacher(student.task)
     masks = detect.with_masks(config)
     train, val = detect.load_sets(config, masks)
+    detect.load_further(part, train, masks)
+    data = detect.load_data(part, train, val, masks)
     if config.self_training:
         check_threshold(config.threshold)
-        unlabelled(config)
-    student = OmegaConf.merge(part.task, learned(config, Path("pseudo")))
-    detect.moving_teacher(student)
-    data = detect.load_data(part, train, val, masks)
+        enough(unlabelled(config), config.data.batch_size)
     encoder, sized = backbone_and_config(part)
     jointly(sized, Detection(detect.build_detector(sized, encoder, len(train.classes))), data)
     return len(train)
@@ -61,19 +59,17 @@ def learned(config: DictConfig, place: Path) -> dict:
 
 def told(part: dict) -> dict:
     """What of a part's own summary goes into the run's."""
-    names = ("map", "map_50", "map_75", "steps", "images_seen", "train_images", "seconds", "loss", "start")
+    names = ("map", "map_50", "map_75", "mask_map", "mask_map_50", "also", "steps", "images_seen", "train_images",
+             "seconds", "loss", "start", "teacher")  # fmt: skip
     return {name: part.get(name) for name in names}
 
 
 def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
-    """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there.
+    """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are.
 
     Raises:
         UserError: if too few images have a box for one batch.
     """
-    done = place / "summary.json"
-    if done.is_file():
-        return json.loads(done.read_text())
     train, _ = detect.load_sets(config, detect.with_masks(config))
     learner = load_learner(teacher, len(train.classes))
     images = unlabelled(config)
@@ -91,7 +87,7 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
             f" set threshold={MATCH_DENSITY} or a lower threshold, or train longer with steps="
         )
     settings = chosen(plain(config.data))
-    truth = held_back(**settings, seed=config.seed)
+    truth = held_back(**settings, segmentation=detect.with_masks(config), seed=config.seed)
     place.mkdir(exist_ok=True)
     pseudo.write(place / "labels.json")
     score_histogram(place / "scores.png", scores, pseudo.threshold, pseudo.density, density)
@@ -115,7 +111,7 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "boxes_per_image": pseudo.density,
         "labelled_boxes_per_image": density,
         "empty": pseudo.empty,
-        "low_density": pseudo.density < density / 2,
+        "low_density": config.teacher is None and pseudo.density < density / 2,
         **quality(pseudo, truth),
         "score_counts": counts.tolist(),
         "score_edges": edges.tolist(),
@@ -143,9 +139,10 @@ def tell(pseudo: dict) -> None:
 
 
 def unlabelled(config: DictConfig) -> BoxSet:
-    """The images to label, ``config.unlabelled_images`` of them at most."""
-    images = load_unlabelled(**chosen(plain(config.data)), seed=config.seed)
-    return at_most(config.unlabelled_images, images, config.seed)
+    """The images to label that can be read, of ``config.unlabelled_images`` at most."""
+    settings = chosen(plain(config.data))
+    images = load_unlabelled(**settings, segmentation=detect.with_masks(config), seed=config.seed)
+    return held_out(at_most(config.unlabelled_images, images, config.seed), config.data.on_error)
 
 
 def load_learner(run_dir: Path, classes: int) -> Detection:

@@ -13,6 +13,7 @@ from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance
 from sslzoo.tasks import selftrain_boxes, selftrain_classes, selftrain_maps
 from sslzoo.tasks.parts import (
+    check_flags,
     check_numbers,
     initial,
     initial_name,
@@ -49,7 +50,7 @@ class Kind(Protocol):
 
     @staticmethod
     def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
-        """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there."""
+        """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are."""
 
     @staticmethod
     def learned(config: DictConfig, place: Path) -> dict:
@@ -89,7 +90,7 @@ def cell(config: DictConfig, overrides: Sequence[str], run_dir: Path, images: in
         "supervised": kind.told(teacher),
     }
     summary[kind.SCORE] = teacher[kind.PART_SCORE]
-    if config.self_training:
+    if config.self_training or (run_dir / "student" / "summary.json").is_file():
         found = students(run_dir, teacher, config.iterations, train, partial(kind.labelled, config), kind.PART_SCORE)
         student, control = kind.told(found["student"]), kind.told(found["control"])
         summary |= found | {kind.SCORE: student[kind.SCORE], "student": student, "control": control}
@@ -140,7 +141,9 @@ def part_words(
 def check(config: DictConfig, overrides: Sequence[str]) -> int:
     """Refuse, by UserError, what would only be noticed after the teacher's training; returns the labelled images."""
     jobs = () if config.jobs is None else ("jobs",)
-    check_numbers(config, ("steps", "looks", "iterations", *jobs), ("growth", "warmup"))
+    limit = () if config.get("unlabelled_images") is None else ("unlabelled_images",)
+    check_numbers(config, ("steps", "looks", "iterations", *jobs, *limit), ("growth", "warmup"))
+    check_flags(config, "self_training")
     LossBalance(config.alpha)
     initial(config)
     teacher = composed(part_words(config, overrides, steps_of(config), config.data.batch_size))

@@ -3,7 +3,6 @@
 Noisy Student (Xie et al. 2020, arXiv 1911.04252) in the three steps that detection takes: see ``sslzoo.selftrain``.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from sslzoo.errors import UserError
 from sslzoo.report.progress import console
 from sslzoo.selftrain import confident, equal_classes
 from sslzoo.tasks import finetune
-from sslzoo.tasks.parts import SET_HERE, check_numbers
+from sslzoo.tasks.parts import SET_HERE, check_flags, check_numbers, enough
 from sslzoo.tasks.runs import device, write_summary
 
 SETTINGS = "selftrain_classes"  # its file in conf/task
@@ -45,14 +44,11 @@ def told(part: dict) -> dict:
 
 
 def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
-    """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there.
+    """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are.
 
     Raises:
         UserError: if too few images are named surely enough for one batch.
     """
-    done = place / "summary.json"
-    if done.is_file():
-        return json.loads(done.read_text())
     seen = finetune.ready(OmegaConf.load(teacher / "config.yaml"), [])  # the images as the teacher saw them
     whole = seen.whole
     rows = unlabelled(whole, seen.rows)
@@ -155,8 +151,7 @@ def check(config: DictConfig, part: DictConfig) -> int:
         raise UserError(f"data={config.data.name} has no classes of images; choose one of data={', data='.join(NAMES)}")
     if config.per_class is not None:
         check_numbers(config, ("per_class",), ())
-    if not isinstance(config.soft, bool):
-        raise UserError(f"soft={config.soft} is neither true nor false")
+    check_flags(config, "soft")
     confident(np.zeros((0, 1)), config.threshold)
     if config.trainer.accumulate_grad_batches != 1:
         raise UserError("task=selftrain does not accumulate gradients: set trainer.accumulate_grad_batches=1")
@@ -168,7 +163,5 @@ def check(config: DictConfig, part: DictConfig) -> int:
             f" to at most {images}, or label_fraction= higher"
         )
     if config.self_training:
-        others = len(unlabelled(seen.whole, seen.rows))
-        if others < config.data.batch_size:
-            raise UserError(f"data.batch_size={config.data.batch_size} is more than the {others} images left to label")
+        enough(unlabelled(seen.whole, seen.rows), config.data.batch_size)
     return images

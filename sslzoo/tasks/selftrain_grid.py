@@ -20,7 +20,7 @@ from sslzoo.report.grid import Column, Grid, Row, csv_text, figure, markdown
 from sslzoo.report.progress import console
 from sslzoo.report.table import Cell
 from sslzoo.tasks.jobs import side_by_side, together
-from sslzoo.tasks.parts import initial, word
+from sslzoo.tasks.parts import initial, moved, word
 from sslzoo.tasks.runs import provenance, write_summary
 from sslzoo.tasks.selftrain_cell import Kind, check, kind_of, steps_of
 from sslzoo.tasks.training import started
@@ -58,14 +58,15 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     run_dir = started(config, overrides)
     top = Path(config.cells) if config.cells else run_dir / "cells"
     folders = {place: top / name_of(place, configs[place]) for place in cells}
-    todo = {place: configs[place] for place in cells if not finished(folders[place], cells[place])}
+    also = config.task.get("also", ())
+    todo = {place: configs[place] for place in cells if not finished(folders[place], cells[place], also)}
     jobs = side_by_side(config.jobs)
     console.print(
         f"grid={config.grid}: {len(cells)} cells, {len(cells) - len(todo)} of them finished, {jobs} at a time,"
         f" {run_dir}"
     )
     commands = {
-        folders[place].name: command(folders[place], cells[place], words[place])
+        folders[place].name: command(folders[place], cells[place], words[place], configs[place])
         for place in sorted(todo, key=lambda place: -effort(configs[place]))
     }
     failed: dict[str, str] = {}
@@ -149,7 +150,9 @@ def layout(config: DictConfig, named: dict[str, str]) -> Grid:
         "augment": (last, [Column(str(each).upper(), str(each), labels) for each in config.get("augments", ())]),
         "init": (last, [Column(usual.upper() or percent(labels), usual, labels)]),
     }[config.grid]
-    return Grid(config.grid, str(config.data.name), rows, columns, kind_of(config).NAME)
+    joint = config.task.get("joint")
+    other = config.get("teacher") is not None or (config.grid != "joint" and joint is not None and joint.data)
+    return Grid(config.grid, str(config.data.name), rows, columns, kind_of(config).NAME, not other)
 
 
 def percent(part: float) -> str:
@@ -192,17 +195,18 @@ def name_of(place: Place, config: DictConfig) -> str:
 # Running them
 
 
-def command(folder: Path, trains: bool, words: Sequence[str]) -> list[str]:
+def command(folder: Path, trains: bool, words: Sequence[str], config: DictConfig) -> list[str]:
     """A cell from its start, or from where it stopped."""
     if (folder / "config.yaml").is_file():
-        return [f"resume={word(str(folder))}", f"self_training={word(trains)}"]
+        return [f"resume={word(str(folder))}", f"self_training={word(trains)}", *moved(folder / "config.yaml", config)]
     return [*words, f"run_dir={word(str(folder))}"]
 
 
-def finished(folder: Path, trains: bool) -> bool:
-    """Whether a cell has all that is wanted of it."""
+def finished(folder: Path, trains: bool, also: Sequence[str] = ()) -> bool:
+    """Whether a cell has all that is wanted of it, scores on ``also`` further held-out parts among it."""
     summary = told_by(folder)
-    return bool(summary) and ("student" in summary or not trains)
+    scored = set(summary.get("supervised", {}).get("also") or ())
+    return bool(summary) and ("student" in summary or not trains) and scored >= set(also)
 
 
 def told_by(folder: Path) -> dict:

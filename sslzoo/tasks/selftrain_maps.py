@@ -4,7 +4,6 @@ A pixel whose most probable class has less than ``threshold`` becomes 255, and c
 every image in several scales (Zoph et al. 2020, appendix).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sslzoo.config import plain
 from sslzoo.data.box_module import clean_pictures
 from sslzoo.data.box_set import IGNORE
-from sslzoo.data.maps import MapSet, load_maps, load_unlabelled_maps
+from sslzoo.data.maps import MapSet, held_back_maps, load_maps, load_unlabelled_maps
 from sslzoo.data.pseudo_maps import PseudoMaps
 from sslzoo.downstream.segmentation import Segmentation, class_map, confusion, probabilities, scores
 from sslzoo.errors import UserError
@@ -24,7 +23,8 @@ from sslzoo.report.progress import console
 from sslzoo.report.pseudo import confidence_histogram
 from sslzoo.selftrain import check_probability
 from sslzoo.tasks import segment
-from sslzoo.tasks.parts import SET_HERE, at_most, trained_weights
+from sslzoo.tasks.dense import held_out
+from sslzoo.tasks.parts import SET_HERE, at_most, check_flags, enough, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, device, write_summary
 
 SETTINGS = "selftrain_maps"  # its file in conf/task
@@ -44,12 +44,14 @@ def check(config: DictConfig, part: DictConfig) -> int:
     """
     segment.check(part, [])
     check_probability("threshold", config.threshold)
-    if not config.teacher_scales or not all(0 < scale <= 8 for scale in config.teacher_scales):
-        raise UserError(f"teacher_scales={list(config.teacher_scales)} are no scales; list some above 0 and up to 8")
+    segment.check_scales("teacher_scales", config.teacher_scales)
+    check_flags(config, "teacher_flip")
     train, val = segment.load_sets(part)
     segment.batches(part, train, val)
     if config.self_training:
-        segment.batches(part, unlabelled(config)[0], val)
+        images = unlabelled(config)
+        enough(images, config.data.batch_size)
+        segment.batches(part, images, val)
     encoder, sized = backbone_and_config(part)
     segment.build_learner(sized, encoder, len(train.map_classes))
     return len(train)
@@ -67,44 +69,46 @@ def told(part: dict) -> dict:
 
 
 def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
-    """What is said of the pseudo-labels in ``place``, made now by the run ``teacher`` unless they are there.
+    """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are.
 
     Raises:
         UserError: if too few images have a pixel that the teacher is sure of for one batch.
     """
-    done = place / "summary.json"
-    if done.is_file():
-        return json.loads(done.read_text())
-    images, truth = unlabelled(config)
+    images = unlabelled(config)
+    truth = held_back_maps(plain(config.data), config.seed)
     console.print(f"labelling {len(images)} images of {images.name} with {teacher}")
     learner = load_learner(teacher, len(images.map_classes)).to(device(config)[0])
     (place / "maps").mkdir(parents=True, exist_ok=True)
-    histogram, counts = torch.zeros(BINS), torch.zeros(IGNORE + 1)
+    histogram, counts, usable = torch.zeros(BINS), torch.zeros(IGNORE + 1), 0
     for name, picture in zip(images.image_ids, clean_pictures(images, np.arange(len(images))), strict=True):
         said = probabilities(learner, picture, list(config.teacher_scales), config.teacher_flip)
         found = class_map(said, config.threshold).cpu()
         histogram += said.amax(0).float().cpu().histc(BINS, 0, 1)
         counts += found.flatten().long().bincount(minlength=len(counts))
-        write_map(place / "maps" / f"{name}.png", found)
+        if (found != IGNORE).any():
+            usable += 1
+            write_map(place / "maps" / f"{name}.png", found)
     sure, pixels = counts[:IGNORE].sum(), counts.sum()
     named = {name: float(count / pixels) for name, count in zip(images.map_classes, counts.tolist(), strict=False)}
-    if not sure:
+    if usable < config.data.batch_size:
         raise UserError(
-            f"the teacher is sure of no pixel of {len(images)} unlabelled images at threshold={config.threshold}; lower"
-            " it, or train longer with steps="
+            f"only {usable} of {len(images)} unlabelled images have a pixel of probability {config.threshold:g} or"
+            f" more, and a batch takes {config.data.batch_size}: the teacher is too unsure; set a lower threshold, or"
+            " train longer with steps="
         )
     maps = PseudoMaps.read(place / "maps", images)
     confidence_histogram(place / "scores.png", histogram.numpy(), config.threshold)
-    known = next((each for each in truth if set(each.image_ids) & set(images.image_ids)), None)
-    shown = maps if known is None else known
-    rows = some_rows(shown)
-    of = {name: row for row, name in enumerate(images.image_ids)}
+    judged = ((known, np.flatnonzero(np.isin(known.image_ids, maps.image_ids))) for known in truth)
+    shown, there = next((each for each in judged if len(each[1])), (maps, np.arange(len(maps))))
+    rows = there[some_rows(there)]
+    of = {name: row for row, name in enumerate(maps.image_ids)}
     drawn = [maps.class_map(of[shown.image_ids[row]]) for row in rows]
     title = f"pseudo-labels of {images.name}, init {config.init}, {config.label_fraction:.0%} of the labels"
     predictions(place / "maps.png", shown, rows, drawn, title)
     summary = {
         "threshold": config.threshold,
         "images": len(images),
+        "images_with_pixels": usable,
         "labelled_pixels": float(sure / pixels),
         "class_pixels": named,
         "labelled_class_pixels": class_shares(load_maps(plain(config.data), config.seed)[0]),
@@ -173,10 +177,10 @@ def tell(pseudo: dict) -> None:
         )
 
 
-def unlabelled(config: DictConfig) -> tuple[MapSet, list[MapSet]]:
-    """The images to label, ``config.unlabelled_images`` of them at most, and true maps to judge by."""
-    images, truth = load_unlabelled_maps(plain(config.data), config.seed)
-    return at_most(config.unlabelled_images, images, config.seed), truth
+def unlabelled(config: DictConfig) -> MapSet:
+    """The images to label that can be read, of ``config.unlabelled_images`` at most."""
+    images = load_unlabelled_maps(plain(config.data), config.seed)
+    return held_out(at_most(config.unlabelled_images, images, config.seed), config.data.on_error)
 
 
 def load_learner(run_dir: Path, classes: int) -> Segmentation:
