@@ -171,7 +171,9 @@ def along(curves: Sequence[Sequence[tuple[int, int, float]]], share: float) -> f
 
 def markdown(grid: Grid) -> str:
     """``table.md``: the paper's form, what it cost, and the same earlier in the runs."""
-    parts = [f"## grid={grid.kind}, {grid.data}: {grid.metric} in %\n", _table(grid), LEGENDS[grid.kind] + LEGEND]
+    parts = [f"## grid={grid.kind}, {grid.data}: {grid.metric} in %\n", _table(grid)]
+    published = any(grid.published(row, column) for row in grid.rows for column in grid.columns)
+    parts.append(f"{LEGENDS[grid.kind]}{LEGEND}{OF_THE_PAPER if published else ''}\n")
     if any(grid.runs.values()):
         parts += ["## What the cells were made of\n", _made_of(grid)]
     for share in SHARES:
@@ -287,7 +289,9 @@ LEGEND = (
     " Mean ± standard deviation (seeds). `~`: under two standard errors; `?`: one seed, which cannot tell. Student and"
     " supervised row have the same labelled images, start and optimizer steps; the student sees pseudo-labelled images"
     " besides, so the control sees the labelled ones as often as the student sees all (the teacher's cost is on top)."
-    " In italics: the paper's numbers (COCO; EfficientNet-B7, or ResNet-50 by init), another model on other data.\n"
+)
+OF_THE_PAPER = (
+    " In italics: the paper's numbers (COCO; EfficientNet-B7, or ResNet-50 by init), another model on other data."
 )
 
 
