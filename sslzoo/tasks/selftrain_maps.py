@@ -79,17 +79,16 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     console.print(f"labelling {len(images)} images of {images.name} with {teacher}")
     learner = load_learner(teacher, len(images.map_classes)).to(device(config)[0])
     (place / "maps").mkdir(parents=True, exist_ok=True)
-    histogram, counts, usable = torch.zeros(BINS), torch.zeros(IGNORE + 1), 0
+    histogram, counts = torch.zeros(BINS, dtype=torch.long), torch.zeros(IGNORE + 1, dtype=torch.long)
+    usable = 0
     for name, picture in zip(images.image_ids, clean_pictures(images, np.arange(len(images))), strict=True):
         said = probabilities(learner, picture, list(config.teacher_scales), config.teacher_flip)
         found = class_map(said, config.threshold).cpu()
-        histogram += said.amax(0).float().cpu().histc(BINS, 0, 1)
+        histogram += said.amax(0).float().cpu().histc(BINS, 0, 1).long()
         counts += found.flatten().long().bincount(minlength=len(counts))
         if (found != IGNORE).any():
             usable += 1
             write_map(place / "maps" / f"{name}.png", found)
-    sure, pixels = counts[:IGNORE].sum(), counts.sum()
-    named = {name: float(count / pixels) for name, count in zip(images.map_classes, counts.tolist(), strict=False)}
     if usable < config.data.batch_size:
         raise UserError(
             f"only {usable} of {len(images)} unlabelled images have a pixel of probability {config.threshold:g} or"
@@ -98,19 +97,15 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         )
     maps = PseudoMaps.read(place / "maps", images)
     confidence_histogram(place / "scores.png", histogram.numpy(), config.threshold)
-    judged = ((known, np.flatnonzero(np.isin(known.image_ids, maps.image_ids))) for known in truth)
-    shown, there = next((each for each in judged if len(each[1])), (maps, np.arange(len(maps))))
-    rows = there[some_rows(there)]
-    of = {name: row for row, name in enumerate(maps.image_ids)}
-    drawn = [maps.class_map(of[shown.image_ids[row]]) for row in rows]
     title = f"pseudo-labels of {images.name}, init {config.init}, {config.label_fraction:.0%} of the labels"
-    predictions(place / "maps.png", shown, rows, drawn, title)
+    picture_some(place / "maps.png", maps, truth, title)
+    shares = (counts / counts.sum()).tolist()
     summary = {
         "threshold": config.threshold,
         "images": len(images),
         "images_with_pixels": usable,
-        "labelled_pixels": float(sure / pixels),
-        "class_pixels": named,
+        "labelled_pixels": 1 - shares[IGNORE],
+        "class_pixels": dict(zip(images.map_classes, shares, strict=False)),
         "labelled_class_pixels": class_shares(load_maps(plain(config.data), config.seed)[0]),
         **quality(maps, truth),
         "score_counts": histogram.tolist(),
@@ -121,11 +116,19 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     return summary
 
 
+def picture_some(path: Path, maps: PseudoMaps, truth: Sequence[MapSet], title: str) -> None:
+    """Some photographs with their true maps, where these are known, and their pseudo-labels."""
+    of = {name: row for row, name in enumerate(maps.image_ids)}
+    known = ((each, np.flatnonzero([name in of for name in each.image_ids])) for each in truth)
+    shown, there = next((each for each in known if len(each[1])), (maps, np.arange(len(maps))))
+    rows = there[some_rows(there)]
+    predictions(path, shown, rows, [maps.class_map(of[shown.image_ids[row]]) for row in rows], title)
+
+
 def class_shares(images: MapSet) -> dict[str, float]:
     """What part of all pixels each class has."""
     counts = sum(images.class_map(row).flatten().long().bincount(minlength=IGNORE + 1) for row in range(len(images)))
-    shares = counts / counts.sum()
-    return {name: float(share) for name, share in zip(images.map_classes, shares.tolist(), strict=False)}
+    return dict(zip(images.map_classes, (counts / counts.sum()).tolist(), strict=False))
 
 
 def quality(pseudo: PseudoMaps, truth: Sequence[MapSet]) -> dict[str, float | int]:
@@ -143,7 +146,6 @@ def quality(pseudo: PseudoMaps, truth: Sequence[MapSet]) -> dict[str, float | in
     counts, judged = torch.zeros(len(pseudo.map_classes), len(pseudo.map_classes) + 1, dtype=torch.long), 0
     for known in truth:
         rows = np.array([k for k, name in enumerate(known.image_ids) if name in row], int)
-
         counts += confusion(known, rows, map(pseudo.class_map, [row[known.image_ids[k]] for k in rows]))
         judged += len(rows)
     if not judged:
