@@ -33,7 +33,7 @@ AUGMENT = task=selftrain grid=augment init=$(BACKBONE) cells=$(SELFTRAIN)/cells
 # $(call run,NAME,WORDS): a run, or the rest of one that was stopped
 run = $(BIN)/python -m sslzoo $(if $(wildcard $(SELFTRAIN)/$1/config.yaml),resume=$(SELFTRAIN)/$1,$2 run_dir=$(SELFTRAIN)/$1)
 
-selftrain: $(BACKBONE)  ## pre-train or self-train? two label counts, controls, one seed: half an hour on two quiet cores
+selftrain: $(BACKBONE)  ## pre-train or self-train? two label counts, controls, one seed: under an hour on two cores
 	$(call run,quick,$(QUICK))
 
 selftrain-full: $(BACKBONE)  ## the same at four label counts, and with S1 to S4: hours, goes on where it was stopped
