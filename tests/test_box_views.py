@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from boxed import picture
-from sslzoo.data import box_views
-from sslzoo.data.box_views import AUTO, RAND, STRENGTHS, augmented, cropped, flipped, moved, resized
+from sslzoo.data.box_policies import AUTO, GRAY, RAND, moved
+from sslzoo.data.box_scene import MEAN, cropped, flipped, resized, scene_of
+from sslzoo.data.box_views import STRENGTHS, augmented
 from sslzoo.errors import UserError
 from sslzoo.views.draw import key
 
@@ -34,7 +35,7 @@ def example(height=70, width=90):
 
 def scene(**without):
     image, target = example()
-    return box_views._scene(image, {k: v for k, v in target.items() if k not in without})
+    return scene_of(image, {k: v for k, v in target.items() if k not in without})
 
 
 def hull(mask):
@@ -176,7 +177,7 @@ def test_every_operation_of_autoaugment_changes_the_image_and_keeps_it_valid(nam
     plain = {key: target[key] for key in ("boxes", "labels", "area", "iscrowd")}
     changed = 0
     for k in range(6):
-        before = box_views._scene(image, plain)
+        before = scene_of(image, plain)
         after = AUTO[name](before, 0.6, np.random.default_rng(k))
         assert after.pixels.shape == before.pixels.shape
         assert after.pixels.dtype == torch.uint8
@@ -190,7 +191,7 @@ def test_every_operation_of_randaugment_keeps_the_image_valid():
     plain = {key: target[key] for key in ("boxes", "labels", "area", "iscrowd")}
     changed = []
     for operation in RAND:
-        before = box_views._scene(image, plain)
+        before = scene_of(image, plain)
         after = operation(before, 0.5, np.random.default_rng(0))
         assert after.pixels.shape == before.pixels.shape
         changed.append(not torch.equal(after.pixels, before.pixels))
@@ -204,7 +205,7 @@ def test_content_moves_within_boxes_only_and_never_under_masks():
     outside = np.ones((70, 90), bool)
     for x1, y1, x2, y2 in plain["boxes"].int().tolist():
         outside[y1:y2, x1:x2] = False
-    after = AUTO["translate_y_in_boxes"](box_views._scene(image, plain), 0.6, np.random.default_rng(1))
+    after = AUTO["translate_y_in_boxes"](scene_of(image, plain), 0.6, np.random.default_rng(1))
     np.testing.assert_array_equal(after.pixels.numpy()[:, outside], image.transpose(2, 0, 1)[:, outside])
     before = scene()
     assert AUTO["translate_y_in_boxes"](before, 0.6, np.random.default_rng(1)) is before
@@ -244,14 +245,14 @@ def painted():
 def test_classes_stay_on_their_pixels_and_what_is_uncovered_is_ignored(change, uncovers):
     image, target = painted()
     target["class_map"][:3] = 0
-    found = change(box_views._scene(image, target))
+    found = change(scene_of(image, target))
     assert found.classes.shape == found.pixels.shape[1:]
     assert found.classes.dtype == torch.uint8
     pixels = found.pixels.int()
     for k, colour in ((1, pixels[0] - pixels[2] > 80), (2, pixels[2] - pixels[0] > 80)):
         assert ((found.classes == k) ^ colour).float().mean() < 0.01
     assert (found.classes == 255).any() == uncovers
-    gray = torch.tensor([box_views.GRAY] * 3 if found.size == (70, 90) else box_views.MEAN)[:, None].int()
+    gray = torch.tensor([GRAY] * 3 if found.size == (70, 90) else MEAN)[:, None].int()
     if uncovers:
         outside = pixels[:, found.classes == 255]
         assert ((outside - gray).abs() <= 1).all(0).float().mean() > 0.9  # pixels at the border are blends
@@ -264,13 +265,13 @@ def test_a_class_map_keeps_its_values_and_operations_that_tear_boxes_leave_it():
             view, found = augmented(image, target, strength, 64, key(0, 0, index))
             assert view.shape[1:] == found["class_map"].shape == (64, 64)
             assert set(found["class_map"].unique().tolist()) <= {0, 1, 2, 255}
-    before = box_views._scene(image, {**target, "boxes": torch.tensor([[20.0, 15, 45, 35]])})
+    before = scene_of(image, {**target, "boxes": torch.tensor([[20.0, 15, 45, 35]])})
     assert AUTO["translate_y_in_boxes"](before, 0.6, np.random.default_rng(1)) is before
 
 
 def test_shrunk_classes_are_those_at_the_middle_of_the_new_pixels():
     image, target = painted()
-    found = resized(box_views._scene(image, target), 1 / 3)
+    found = resized(scene_of(image, target), 1 / 3)
     rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip(found.size, (70, 90), strict=True))
     wanted = target["class_map"].numpy()[np.ix_(rows.astype(int), columns.astype(int))]
     np.testing.assert_array_equal(found.classes.numpy(), wanted)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sslzoo.data.box_module import Example
+from sslzoo.data.box_policies import moved
+from sslzoo.data.box_scene import MEAN, Scene, flipped, resized
 from sslzoo.data.box_set import BoxSet
-from sslzoo.data.box_views import MEAN, Scene, flipped, moved, resized
 from sslzoo.errors import UserError
 from sslzoo.views.draw import key
 
