@@ -224,6 +224,11 @@ class Checkpoint(pl.Callback):
         self._handlers: dict = {}
 
     def on_train_start(self, trainer, method) -> None:
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # where max_steps is given Lightning would go on in the epoch that has ended
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
         self._written = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._ask)

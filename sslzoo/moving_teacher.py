@@ -1,27 +1,27 @@
 """A teacher that is the moving average of its student: Unbiased Teacher (Liu et al. 2021, arXiv 2102.09480).
 
 After a burn-in on human labels (sec. 3.1) the average of all the student's weights labels the images of every step anew
-(sec. 3.2): it sees a view as it is, the student learns its boxes from the same view distorted. Here the two losses are
-weighed by ``selftrain.LossBalance``, where the paper has a constant 4; the boxes' places are learned as well as their
-classes, of which the paper learns the latter; images in which the teacher is sure of nothing teach nothing; the burn-in
-is a part of the run, in the paper 2,000 steps; and it is the student that is scored.
+(sec. 3.2): it sees a view as it is, the student learns from the image distorted. Here the two losses are weighed by
+``selftrain.LossBalance``, where the paper has a constant 4; the burn-in is a part of the run, in the paper 2,000 steps;
+and it is the student that is scored. What is labelled, boxes, pixels or images, is said in ``downstream.taught``.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sslzoo.blocks import EMA
-from sslzoo.data.box_module import BoxBatch
 from sslzoo.data.mixed import MixedBatch
 from sslzoo.dist import all_mean
-from sslzoo.downstream.detection import Detection, unit_range
-from sslzoo.downstream.detectors import losses_of
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import log
-from sslzoo.selftrain import MATCH_DENSITY, LossBalance
+from sslzoo.selftrain import MATCH_DENSITY, LossBalance, Student
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Moving:
     Args:
         decay: share of the teacher that a step leaves as it is.
         burn_in: share of the run in which only human labels are learned from, and the teacher is the student itself.
-        threshold: boxes of this score or more are learned from; the paper 0.7.
+        threshold: boxes of this score or more are learned from, pixels and images of this probability; the paper 0.7.
 
     Raises:
         UserError: on a value that is none.
@@ -54,92 +54,115 @@ class Moving:
         if not (_is_number(self.threshold) and 0 <= self.threshold <= 1):
             raise UserError(f"task.teacher.threshold={self.threshold} is no score from 0 to 1; set it to e.g. 0.5")
 
+    @classmethod
+    def asked(cls, teacher: object, pseudo: object) -> "Moving | None":
+        """What ``task.teacher`` asks for; None where the labels of ``task.pseudo`` are learned from as they are.
+
+        Raises:
+            UserError: if it asks for what there is not, or there is nothing to label.
+        """
+        if teacher is None:
+            return None
+        known = [each.name for each in fields(cls)]
+        if not isinstance(teacher, Mapping) or set(teacher) - set(known):
+            raise UserError(f"task.teacher={teacher} is neither null nor settings out of {', '.join(known)}")
+        if pseudo is None:
+            raise UserError(f"task.teacher={teacher} has nothing to label; set task.pseudo, which names images")
+        return cls(**teacher)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class MovingTeacher(nn.Module):
-    """A frozen copy of a detector that follows it, statistics of BatchNorm included, and labels images.
+    """A frozen copy of a student that follows it, statistics of BatchNorm included.
 
     Args:
-        detector: the student's, from ``detectors.build``; copied as it is now.
         moving: its settings.
+        students: modules that run one after the other; copied as they are now.
 
     Attributes:
-        found: moving means of boxes and of images a step and rank, ``(2,)`` float32; in the checkpoint. Both begin at
-            zero and move together, so that what they still lack cancels in their ratio.
+        found: moving means of what it was sure of and of what it was asked, a step and rank, ``(2,)`` float32; in the
+            checkpoint. Both begin at zero and move together, so that what they still lack cancels in their ratio.
     """
 
-    SMALLEST = 2.0  # pixels; narrower and lower boxes are dropped, as ``selftrain.select`` does
     MEMORY = 0.99  # of the means, about a hundred steps
 
-    def __init__(self, detector: nn.Module, moving: Moving):
+    def __init__(self, moving: Moving, *students: nn.Module):
         super().__init__()
-        self.moving, self.average = moving, EMA(detector)
+        self.moving, self.average = moving, EMA(*students)
         self.found: Tensor
         self.register_buffer("found", torch.zeros(2))
         self.eval()
 
     def train(self, mode: bool = True) -> "MovingTeacher":
-        """It stays in eval mode: its BatchNorm has the student's statistics, and it finds instead of learning."""
+        """It stays in eval mode: its BatchNorm has the student's statistics, and it answers instead of learning."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """What it is sure of in each image ``(3, H, W)`` uint8: ``boxes`` (n, 4), ``labels`` (n,); all ranks together.
-
-        Overlapping boxes are gone already, by the detector's own suppression.
-        """
-        targets = []
-        for found in self.average([unit_range(image) for image in images]):
-            sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
-            kept = (found["scores"] >= self.moving.threshold) & (sides >= self.SMALLEST).all(1)
-            targets.append({name: found[name][kept] for name in ("boxes", "labels")})
-        now = [sum(len(target["labels"]) for target in targets), len(targets)]
-        self.found.lerp_(all_mean(self.found.new_tensor(now)), 1 - self.MEMORY)
-        return targets
+    def forward(self, x):
+        """What the average says of ``x``."""
+        return self.average(x)
 
     @torch.no_grad()
-    def follow(self, detector: nn.Module, decay: float) -> None:
-        """``average <- decay * average + (1 - decay) * detector``, parameters and buffers; whole numbers are copied."""
-        pairs = [*zip(self.average.parameters(), detector.parameters(), strict=True)]
-        pairs += zip(self.average.buffers(), detector.buffers(), strict=True)
+    def count(self, sure: Tensor | int, asked: Tensor | int) -> None:
+        """Take note of what this rank's step was sure of, out of what it was asked; all ranks together."""
+        now = torch.stack([torch.as_tensor(each, device=self.found.device).float() for each in (sure, asked)])
+        self.found.lerp_(all_mean(now), 1 - self.MEMORY)
+
+    @torch.no_grad()
+    def follow(self, *students: nn.Module, decay: float) -> None:
+        """``average <- decay * average + (1 - decay) * student``, parameters and buffers; whole numbers are copied."""
+        pairs = [*zip(self.average.parameters(), _parameters(students), strict=True)]
+        pairs += zip(self.average.buffers(), _buffers(students), strict=True)
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*averaged, strict=True)), 1 - decay)
         for own, others in pairs:
             if not own.is_floating_point():
                 own.copy_(others)
 
-    def boxes_per_image(self) -> float | None:
-        """Boxes that were learned from, an image, over the last hundred steps or so; None before there was one."""
-        boxes, images = self.found.tolist()
-        return boxes / images if images else None
-
-    def told(self) -> dict:
-        """What a summary says of it."""
-        return {**asdict(self.moving), "boxes_per_image": self.boxes_per_image()}
+    @property
+    def share(self) -> float | None:
+        """What it was sure of over what it was asked, in the last hundred steps or so; None before there was one."""
+        sure, asked = self.found.tolist()
+        return sure / asked if asked else None
 
 
-class TaughtStudent(Method):
-    """A detector that learns from people, and after the burn-in from its own moving average as well.
+def _parameters(modules: tuple[nn.Module, ...]) -> list[Tensor]:
+    return [parameter for module in modules for parameter in module.parameters()]
 
-    Each half of a batch is one forward pass, as of a ``selftrain.Student``.
+
+def _buffers(modules: tuple[nn.Module, ...]) -> list[Tensor]:
+    return [buffer for module in modules for buffer in module.buffers()]
+
+
+class TaughtStudent(Student):
+    """A learner that learns from people, and after the burn-in from its own moving average as well.
 
     Args:
         learner: what learns; its optimizer, clipping and norms are the student's.
-        balance: weighs the halves, from the end of the burn-in on.
-        teacher: a copy of ``learner.detector``.
+        balance: weighs the halves of a batch, from the end of the burn-in on.
+        moving: settings of the teacher.
+
+    Attributes:
+        FOUND: what summaries and ``metrics.csv`` call the teacher's ``share``.
     """
 
-    def __init__(self, learner: Detection, balance: LossBalance, teacher: MovingTeacher):
-        super().__init__(learner.encoder, learner.optim)
-        self.learner, self.balance, self.teacher = learner, balance, teacher
-        self.sync_batchnorm, self.settings, self.seed = learner.sync_batchnorm, learner.settings, learner.seed
+    FOUND: str
 
-    def forward(self, x):
-        """What the learner says of ``x``."""
-        return self.learner(x)
+    def __init__(self, learner: Method, balance: LossBalance, moving: Moving):
+        super().__init__(learner, balance)
+        self.teacher = MovingTeacher(moving, *self.followed)
+
+    @property
+    @abstractmethod
+    def followed(self) -> tuple[nn.Module, ...]:
+        """What of the learner the teacher is a copy of."""
+
+    @abstractmethod
+    def pseudo_loss(self, batch: NamedTuple) -> Tensor:
+        """The learner's loss of images by what the teacher is sure of in them; 0 on all ranks where that is nothing."""
 
     @property
     def burns_in(self) -> bool:
@@ -150,29 +173,18 @@ class TaughtStudent(Method):
         human = self.learner.loss(batch.human)
         return human if self.burns_in else self.balance(human, self.pseudo_loss(batch.pseudo))
 
-    def pseudo_loss(self, batch: BoxBatch) -> Tensor:
-        """The loss of images, by what the teacher finds in their ``clean`` views.
-
-        Those in which it is sure of nothing do not count: as background they would teach to overlook what it overlooks.
-        """
-        targets = self.teacher([target["clean"] for target in batch.targets])
-        counted = [i for i, target in enumerate(targets) if len(target["labels"])]
-        # A rank where nothing is found takes part by a zero: the others wait for its collectives and its gradients.
-        pictures = [unit_range(image) for image in batch.images]
-        losses = losses_of(self.learner.detector, pictures, targets, counted or [0])
-        return torch.stack(list(losses.values())).sum() * bool(counted)
-
-    def before_step(self) -> None:
-        self.learner.before_step()
-
     def after_step(self) -> None:
-        self.learner.after_step()
-        self.teacher.follow(self.learner.detector, 0.0 if self.burns_in else self.teacher.moving.decay)
+        super().after_step()
+        self.teacher.follow(*self.followed, decay=0.0 if self.burns_in else self.teacher.moving.decay)
 
-    def parameter_groups(self) -> list[dict]:
-        return self.learner.parameter_groups()
+    def human_alone(self, steps: int, of_all: int) -> int:
+        """Of the first ``steps`` of a run of ``of_all`` those that took only the human half of their batch."""
+        return min(steps, math.ceil(self.teacher.moving.burn_in * of_all))
+
+    def told(self) -> dict:
+        """What a summary says of the teacher."""
+        return {**asdict(self.teacher.moving), self.FOUND: self.teacher.share}
 
     def on_train_epoch_end(self) -> None:
-        found = self.teacher.boxes_per_image()
-        if found is not None:
-            log(self.trainer, {"pseudo_boxes": found})
+        if self.teacher.share is not None:
+            log(self.trainer, {self.FOUND: self.teacher.share})

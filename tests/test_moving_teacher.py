@@ -21,9 +21,10 @@ from sslzoo.data.pseudo_labels import PseudoLabels
 from sslzoo.dist import all_mean
 from sslzoo.downstream.detection import Detection
 from sslzoo.downstream.detectors import build, losses_of
+from sslzoo.downstream.taught import TaughtDetection
 from sslzoo.errors import UserError
 from sslzoo.monitor import Metrics
-from sslzoo.moving_teacher import Moving, MovingTeacher, TaughtStudent
+from sslzoo.moving_teacher import Moving, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.selftrain import LossBalance
@@ -55,10 +56,10 @@ def detector(model: str = "retinanet", batchnorm: bool = True, **options) -> nn.
     return build(model, encoder, 2, [0.5] * 3, [0.25] * 3, min_size=64, max_size=64, **{**small, **options})
 
 
-def student(model: str = "retinanet", batchnorm: bool = True, **moving) -> TaughtStudent:
+def student(model: str = "retinanet", batchnorm: bool = True, **moving) -> TaughtDetection:
     learner = Detection(detector(model, batchnorm), Optim(lr=0.01, lr_per=None))
     settings = Moving(**{"burn_in": 0.0, "threshold": 0.0, **moving})
-    module = TaughtStudent(learner, LossBalance(), MovingTeacher(learner.detector, settings))
+    module = TaughtDetection(learner, LossBalance(), settings)
     module.steps = 10
     return module
 
@@ -182,7 +183,7 @@ def test_the_teacher_is_asked_about_clean_views_and_its_sure_boxes_teach_the_dis
     targets = [found_in([large], [1], [2]), found_in([other], [1], [1])]
     expected = module.learner.loss(BoxBatch(batch.pseudo.images, targets, batch.pseudo.index))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert module.teacher.boxes_per_image() == pytest.approx(1.0)
+    assert module.teacher.share == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -233,7 +234,7 @@ def test_the_teacher_sees_the_geometry_of_the_strength_and_its_own_pixels(streng
     plain = {"s2": "s1"}.get(strength, strength)
     distorted = 0
     for k in range(20):
-        clean, other = twins(image, strength, 48, key(0, 0, k))
+        clean, other, _ = twins(image, strength, 48, key(0, 0, k))
         assert clean.shape == other.shape == (3, 48, 48)
         if STRENGTHS[plain].policy is None:  # the same draws without a policy
             assert torch.equal(clean, augmented(image, {"boxes": torch.zeros(0, 4)}, plain, 48, key(0, 0, k))[0])
@@ -253,7 +254,7 @@ def test_distortion_leaves_an_object_on_its_pixels(strength):
     image[20:40, 10:35] = colours[1]
     seen = 0
     for k in range(40):
-        clean, other = twins(image, strength, 48, key(0, 0, k))
+        clean, other, _ = twins(image, strength, 48, key(0, 0, k))
         cut = (other == 128).all(0)
         areas = [inner((clean == torch.tensor(colour)[:, None, None]).all(0)) & ~cut for colour in colours]
         if all(area.any() for area in areas) and not torch.equal(clean, other):
@@ -398,11 +399,11 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_and_tells_of_its_teache
     told = summary["teacher"]
     assert {name: told[name] for name in ("decay", "burn_in", "threshold")} == {
         "decay": 0.5, "burn_in": 0.4, "threshold": 0.0}  # fmt: skip
-    assert 0 < told["boxes_per_image"] <= 5
+    assert 0 < told["pseudo_boxes"] <= 5
     for name in ("whole", "broken"):
         rows = [row for row in read_rows(tmp_path / name / "metrics.csv") if "pseudo_boxes" in row]
         assert [row["step"] for row in rows] == [6, 9]  # 3.6 steps are burn-in
-        assert rows[-1]["pseudo_boxes"] == told["boxes_per_image"]
+        assert rows[-1]["pseudo_boxes"] == told["pseudo_boxes"]
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["teacher"] == told
 
 
@@ -420,8 +421,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_and_tells_of_its_teache
         (["task.teacher={threshold: match-density}"], "needs the scores of a whole set, but a moving teacher labels"),
         (["task.teacher={momentum: 0.9}"], "is neither null nor settings out of decay, burn_in, threshold"),
         (["task.teacher=true"], "task.teacher=True is neither null nor settings out of decay, burn_in, threshold"),
-        ([TEACHER, "task.pseudo=null"], "has nothing to label; set task.pseudo to a file with images"),
-        ([TEACHER, "task.model=mask_rcnn_fpn"], "labels boxes only; set task.model=faster_rcnn_fpn"),
+        ([TEACHER, "task.pseudo=null"], "has nothing to label; set task.pseudo, which names images"),
         ([TEACHER, "task.augment=s9"], "task.augment=s9 is none of"),
     ],
 )

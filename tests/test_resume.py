@@ -11,6 +11,7 @@ import torch
 
 from runs import Killed, assert_same_run, checkpoint_of
 from sslzoo.__main__ import main, run
+from sslzoo.method import Method
 from sslzoo.monitor import Metrics
 from sslzoo.report.csv_log import read_rows
 
@@ -59,6 +60,32 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, kil
     assert not (run_dir / "summary.json").exists()
     run([f"resume={run_dir}"])
     assert_same_run(unbroken, run_dir, STEPS)
+
+
+def test_a_run_of_so_many_steps_killed_after_an_epoch_goes_on_in_the_next(tmp_path, monkeypatch):
+    words = [*SMALL, "trainer.max_epochs=-1", "trainer.max_steps=13", "monitor.every_epochs=2"]
+    run([*words, f"run_dir={tmp_path / 'unbroken'}"])
+    original, forward = Metrics.on_train_batch_start, Method.training_step
+
+    def die(self, trainer, *rest):
+        if trainer.global_step == 5:
+            raise Killed
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "on_train_batch_start", die)
+        with pytest.raises(Killed):
+            run([*words, f"run_dir={tmp_path / 'broken'}"])
+    steps = []
+
+    def step(self, batch, batch_idx):
+        steps.append((self.trainer.current_epoch, batch_idx))
+        return forward(self, batch, batch_idx)
+
+    monkeypatch.setattr(Method, "training_step", step)
+    run([f"resume={tmp_path / 'broken'}"])
+    assert steps == [(step // 5, step % 5) for step in range(5, 13)]
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken", 13)
 
 
 @pytest.mark.parametrize("deaths", [(4, 7), (2, 6), (4, 6, 9, 11), (7, 8), (1, 13)])

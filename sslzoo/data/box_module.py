@@ -106,7 +106,7 @@ def twin_example(images: BoxSet, augment: str, size: int, seed: int = 0) -> Exam
         if augment == "flip":
             clean = distorted = mirrored(image, {"boxes": torch.zeros(0, 4)}, draw)[0]
         else:
-            clean, distorted = twins(image, augment, size, draw)
+            clean, distorted, _ = twins(image, augment, size, draw)
         return distorted, {"clean": clean}
 
     return example

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sslzoo.data.box_policies import IN_PLACE, drawn
 from sslzoo.data.box_scene import Scene, cropped, flipped, resized, scene_of, target_of
+from sslzoo.data.box_set import IGNORE
 from sslzoo.errors import UserError
 
 
@@ -74,7 +75,7 @@ def augmented(
     return scene.pixels, target_of(scene, target)
 
 
-def twins(image: np.ndarray, strength: str = "s1", size: int = 512, key: int = 0) -> tuple[Tensor, Tensor]:
+def twins(image: np.ndarray, strength: str = "s1", size: int = 512, key: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """One random view of an image twice, as it is and distorted; everything is at the same place in both.
 
     It is flipped, scaled and cropped as ``strength`` says, then one copy goes through the operations of its policy that
@@ -84,14 +85,16 @@ def twins(image: np.ndarray, strength: str = "s1", size: int = 512, key: int = 0
         image, strength, size, key: see ``augmented``.
 
     Returns:
-        Both views, ``(3, size, size)`` uint8; one tensor where nothing was distorted.
+        Both views, ``(3, size, size)`` uint8, one tensor where nothing was distorted; and where the image does not
+        reach, ``(size, size)`` bool.
     """
     rng = np.random.default_rng(key)
-    clean = scene = _placed(scene_of(image, {"boxes": torch.zeros(0, 4)}), STRENGTHS[strength], size, rng)
+    nothing = {"boxes": torch.zeros(0, 4), "class_map": torch.zeros(image.shape[:2], dtype=torch.uint8)}
+    clean = scene = _placed(scene_of(image, nothing), STRENGTHS[strength], size, rng)
     for operation, level in drawn(STRENGTHS[strength].policy, rng):
         if operation in IN_PLACE:
             scene = operation(scene, level, rng)
-    return clean.pixels, scene.pixels
+    return clean.pixels, scene.pixels, clean.classes == IGNORE
 
 
 def _placed(

@@ -96,9 +96,9 @@ def probabilities(
 def class_map(probability: Tensor, least: float = 0.0) -> Tensor:
     """The most probable class of every pixel, 255 where its probability is below ``least``.
 
-    ``(K, H, W) -> (H, W)`` uint8. Pseudo-labels take 0.5 (Zoph et al. 2020).
+    ``(..., K, H, W) -> (..., H, W)`` uint8. Pseudo-labels take 0.5 (Zoph et al. 2020).
     """
-    confidence, best = probability.max(0)
+    confidence, best = probability.max(-3)
     return torch.where(confidence < least, IGNORE, best).to(torch.uint8)
 
 

@@ -1,8 +1,6 @@
 """Train a detector on a backbone, and score it on held-out images."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +20,11 @@ from sslzoo.downstream.average_precision import write_results
 from sslzoo.downstream.detection import Detection, check_metric, first_batches, predict, score
 from sslzoo.downstream.evaluate import Evaluate
 from sslzoo.downstream.precise_bn import check_images, estimate_batchnorm
+from sslzoo.downstream.taught import TaughtDetection
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Metrics, device_memory_mb
-from sslzoo.moving_teacher import Moving, MovingTeacher, TaughtStudent
+from sslzoo.moving_teacher import Moving
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.detections import curves, predictions
@@ -36,6 +35,7 @@ from sslzoo.tasks.joint import jointly, told
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
     fit,
+    images_seen,
     leave_cores_to_views,
     read_checkpoint,
     refuse_pretraining,
@@ -57,7 +57,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if config.resume is not None:
         config, checkpoint = resumed(config, overrides)
     check(config, overrides)
-    task, masks, moving = config.task, with_masks(config), moving_teacher(config.task)
+    task, masks = config.task, with_masks(config)
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     pl.seed_everything(config.seed, verbose=False)  # heads start alike, whatever the backbone
@@ -69,8 +69,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     module = learner = Detection(detector, optim, task.clip)
     learner.seed = config.seed
     start = fingerprint(learner)
-    if moving is not None:
-        data, module = taught(config, learner, boxes, moving)
+    if task.teacher is not None:
+        data, module = taught(config, learner, boxes)
     elif task.pseudo is not None:
         labelled = PseudoLabels.read(task.pseudo, train, masks).with_boxes()
         others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
@@ -109,8 +109,6 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     if not trainer.is_global_zero:
         return {}
 
-    steps = int(trainer.estimated_stepping_batches)  # of the burn-in only the human half counts
-    burnt = 0 if moving is None else boxes.batch_size * min(trainer.global_step, math.ceil(moving.burn_in * steps))
     write_results(run_dir / "results.json", val, found)
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
     curves(rows.rows, run_dir / "curves.png", title)
@@ -130,12 +128,12 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "steps": trainer.global_step,
         "epochs": data.loader.position / len(data.loader),
         "seconds": metrics.seconds,
-        "images_seen": trainer.global_step * data.batch_size - burnt,
+        "images_seen": images_seen(trainer, student, data),
         "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
         "train_images": len(train),
         "val_images": len(val),
         "start": start,
-        "teacher": None if moving is None else student.teacher.told(),
+        "teacher": None if task.teacher is None else student.told(),
         "joint": told(config, module, trainer.global_step),
         "skipped_images": len(data.skipped),
         "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
@@ -160,7 +158,7 @@ def check(config: DictConfig, overrides: Sequence[str]) -> None:
         raise UserError("data.label_list names images to classify; for task=detect set data.label_fraction instead")
     check_metric(task.metric)
     check_images(task.precise_bn)
-    moving_teacher(task)
+    Moving.asked(task.teacher, task.pseudo)
     if not isinstance(task.also, ListConfig) or not all(isinstance(split, str) for split in task.also):
         raise UserError(f"task.also={task.also} is no list of held-out parts; write task.also=[valseen2017]")
     if not (task.clip is None or (isinstance(task.clip, int | float) and task.clip > 0)):
@@ -217,34 +215,15 @@ def load_data(config: DictConfig, train: BoxSet, val: BoxSet, masks: bool) -> Bo
     )
 
 
-def moving_teacher(task: DictConfig) -> Moving | None:
-    """What ``task.teacher`` asks for, see ``sslzoo.moving_teacher``; None for the labels in the file.
-
-    Raises:
-        UserError: if it asks for what there is not, or has nothing to label.
-    """
-    if task.teacher is None:
-        return None
-    known = [each.name for each in fields(Moving)]
-    unknown = [key for key in task.teacher if key not in known] if isinstance(task.teacher, DictConfig) else [""]
-    if unknown:
-        raise UserError(f"task.teacher={task.teacher} is neither null nor settings out of {', '.join(known)}")
-    if task.pseudo is None:
-        raise UserError(f"task.teacher={task.teacher} has nothing to label; set task.pseudo to a file with images")
-    if str(task.model).startswith("mask"):
-        raise UserError(f"task.teacher={task.teacher} labels boxes only; set task.model=faster{str(task.model)[4:]}")
-    return Moving(**plain(task.teacher))
-
-
-def taught(config: DictConfig, learner: Detection, boxes: Boxes, moving: Moving) -> tuple[Mixed, TaughtStudent]:
+def taught(config: DictConfig, learner: Detection, boxes: Boxes) -> tuple[Mixed, TaughtDetection]:
     """Batches of ``boxes`` and of all images of the file of pseudo-labels, and who learns from them."""
-    images = PseudoLabels.read(config.task.pseudo, boxes.train).images
-    size = config.task.min_size if isinstance(config.task.min_size, int) else config.task.min_size[-1]
+    task, moving = config.task, Moving.asked(config.task.teacher, config.task.pseudo)
+    images = PseudoLabels.read(task.pseudo, boxes.train).images
+    size = task.min_size if isinstance(task.min_size, int) else task.min_size[-1]
     seed = config.seed + 1  # an order and views of their own
-    example = twin_example(images, config.task.augment, size, seed)
+    example = twin_example(images, task.augment, size, seed)
     pseudo = Boxes(images, boxes.val, example, boxes.batch_size, seed, boxes.workers, boxes.on_error)
-    teacher = MovingTeacher(learner.detector, moving)
-    return Mixed(boxes, pseudo), TaughtStudent(learner, LossBalance(config.task.alpha), teacher)
+    return Mixed(boxes, pseudo), TaughtDetection(learner, LossBalance(task.alpha), moving)
 
 
 def build_detector(config: DictConfig, encoder: Encoder, classes: int) -> nn.Module:

@@ -1,6 +1,6 @@
 """Fine-tune a backbone on labels, all of them or a part, and score it on held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +21,16 @@ from sslzoo.downstream.features import check_size
 from sslzoo.downstream.finetune import Finetune
 from sslzoo.downstream.interval import interval
 from sslzoo.downstream.labels import labelled_rows
+from sslzoo.downstream.taught import TaughtFinetune
 from sslzoo.errors import UserError
+from sslzoo.moving_teacher import Moving
 from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, views_of, write_summary
 from sslzoo.tasks.training import (
     effort,
     fit_batch,
+    images_seen,
     learn,
     leave_cores_to_views,
     own_optim,
@@ -37,6 +40,9 @@ from sslzoo.tasks.training import (
     task_images,
     with_task_views,
 )
+
+# An image as a moving teacher sees it: its middle, whole where it is a square
+TEACHERS_VIEW = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
 
 
 class Ready(NamedTuple):
@@ -65,6 +71,7 @@ def ready(config: DictConfig, overrides: Sequence[str]) -> Ready:
     Raises:
         UserError: if that can not be trained.
     """
+    moving = Moving.asked(config.task.teacher, config.task.pseudo)
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     check_size(encoder, sized.image_size)
@@ -82,8 +89,13 @@ def ready(config: DictConfig, overrides: Sequence[str]) -> Ready:
     start = fingerprint(learner)
     if task.pseudo is not None:
         file, soft, alpha = pseudo_settings(task.pseudo)
-        data = Mixed(data, pseudo_images(sized, PseudoClasses.read(file, whole).images(whole, soft), data))
-        module = Student(learner, LossBalance(alpha))
+        told, balance = PseudoClasses.read(file, whole), LossBalance(alpha)
+        if moving is None:
+            data = Mixed(data, pseudo_images(sized, told.images(whole, soft), data))
+            module = Student(learner, balance)
+        else:
+            data = Mixed(data, pseudo_images(sized, part(whole, told.rows), data, TEACHERS_VIEW))
+            module = TaughtFinetune(learner, balance, moving, soft)
     return Ready(sized, data, whole, rows, learner, module, start)
 
 
@@ -100,8 +112,11 @@ def pseudo_settings(pseudo: DictConfig) -> tuple[str, bool, float]:
     return tuple((usual | said).values())
 
 
-def pseudo_images(config: DictConfig, taken: ImageSet, human: Images) -> Images:
+def pseudo_images(config: DictConfig, taken: ImageSet, human: Images, more: Mapping | None = None) -> Images:
     """Batches of pseudo-labelled images beside those of ``human``, in an order and under views of their own.
+
+    Args:
+        more: settings of a view that comes before these, of their size.
 
     Raises:
         UserError: if there are too few for one batch, or gradients are to be accumulated.
@@ -114,7 +129,10 @@ def pseudo_images(config: DictConfig, taken: ImageSet, human: Images) -> Images:
             f" data.batch_size to at most {len(taken)}"
         )
     seed = config.seed + 1
-    views = views_of(with_task_views(OmegaConf.merge(config, {"seed": seed})))
+    sized = with_task_views(OmegaConf.merge(config, {"seed": seed}))
+    if more is not None:
+        sized.views = {"before": {**more, "size": config.image_size}, **sized.views}
+    views = views_of(sized)
     return Images(taken, None, views, human.clean, human.batch_size, seed, human.workers, human.on_error)
 
 
@@ -153,8 +171,9 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "labelled_images": len(rows),
         "tuned_from": task["from"],
         **effort(trainer, data, metrics, optim),
-        "images_seen": trainer.global_step * data.batch_size * config.trainer.accumulate_grad_batches,
+        "images_seen": images_seen(trainer, module, data),
         "start": start,
+        "teacher": None if task.teacher is None else module.told(),
         "backbone": str(backbone),
         "initial_backbone": str(config.backbone),
         "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),

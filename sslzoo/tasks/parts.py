@@ -26,6 +26,7 @@ SET_HERE = {  # settings of a part that self-training sets itself -> what to typ
     "backbone": "init",
     "data.label_fraction": "label_fraction",
     "task.pseudo": "threshold",
+    "task.teacher": "teacher",
     "task.every_epochs": "looks",
     "task.optim.warmup_epochs": "warmup",
     "trainer.max_steps": "steps",
@@ -190,6 +191,11 @@ def initial(config: DictConfig) -> Encoder:
             )
         return encoder
     return load_backbone(config.init, config.pretrained, plain(config.encoder))
+
+
+def teacher_of(config: DictConfig) -> object:
+    """The settings of a moving teacher that ``config.teacher`` gives a student; None for a fixed one."""
+    return plain(config.teacher) if isinstance(config.teacher, DictConfig) else config.teacher
 
 
 def trained_weights(run_dir: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from sslzoo.blocks import Encoder
 from sslzoo.config import built, plain
 from sslzoo.data.box_module import Boxes
 from sslzoo.data.box_views import STRENGTHS
-from sslzoo.data.map_module import map_example
+from sslzoo.data.map_module import map_example, map_twin_example
 from sslzoo.data.maps import MapSet, load_maps, load_unlabelled_maps
 from sslzoo.data.mixed import Mixed
 from sslzoo.data.pseudo_maps import PseudoMaps
@@ -18,8 +18,10 @@ from sslzoo.downstream import segmenters
 from sslzoo.downstream.evaluate import Evaluate
 from sslzoo.downstream.segmentation import Segmentation, drawn, looked
 from sslzoo.downstream.segmenters import Segmenter
+from sslzoo.downstream.taught import TaughtSegmentation
 from sslzoo.errors import UserError
 from sslzoo.monitor import Metrics, device_memory_mb
+from sslzoo.moving_teacher import Moving
 from sslzoo.optim import Optim
 from sslzoo.report.class_maps import curves, predictions, some_rows, write_maps
 from sslzoo.report.csv_log import CsvLog
@@ -29,6 +31,7 @@ from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
     fit,
+    images_seen,
     leave_cores_to_views,
     read_checkpoint,
     refuse_pretraining,
@@ -55,7 +58,9 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     optim = built(task.optim, "task.optim", Optim, batch_size=data.batch_size)
     module = learner = build_learner(sized, encoder, len(train.map_classes), optim)
     start = fingerprint(learner)
-    if task.pseudo is not None:
+    if task.teacher is not None:
+        data, module = taught(config, learner, data)
+    elif task.pseudo is not None:
         labelled = PseudoMaps.read(task.pseudo, load_unlabelled_maps(plain(config.data), config.seed))
         others = OmegaConf.merge(config, {"seed": config.seed + 1})  # an order and views of their own
         data = Mixed(data, batches(others, labelled, val))
@@ -96,11 +101,12 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "steps": trainer.global_step,
         "epochs": data.loader.position / len(data.loader),
         "seconds": metrics.seconds,
-        "images_seen": trainer.global_step * data.batch_size,
+        "images_seen": images_seen(trainer, module, data),
         "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
         "train_images": len(train),
         "val_images": len(val),
         "start": start,
+        "teacher": None if task.teacher is None else module.told(),
         "skipped_images": len(data.skipped),
         "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
         "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
@@ -125,6 +131,7 @@ def check(config: DictConfig, overrides: Sequence[str]) -> None:
     if config.trainer.accumulate_grad_batches != 1:
         raise UserError("task=segment does not accumulate gradients: set trainer.accumulate_grad_batches=1")
     check_scales("task.scales", task.scales)
+    Moving.asked(task.teacher, task.pseudo)
     built(task.optim, "task.optim", Optim, batch_size=config.data.batch_size)
     device(config)
     pooled = task.model == "deeplabv3" or (task.model == "nas_fpn" and task.norm == "batch")
@@ -157,6 +164,16 @@ def batches(config: DictConfig, train: MapSet, val: MapSet) -> Boxes:
     task, data = config.task, config.data
     example = map_example(train, task.augment, task.size, config.seed)
     return Boxes(train, val, example, data.batch_size, seed=config.seed, workers=data.workers, on_error=data.on_error)
+
+
+def taught(config: DictConfig, learner: Segmentation, human: Boxes) -> tuple[Mixed, TaughtSegmentation]:
+    """Batches of ``human`` and of all images that have a map in ``task.pseudo``, and who learns from them."""
+    task, moving = config.task, Moving.asked(config.task.teacher, config.task.pseudo)
+    images = PseudoMaps.read(task.pseudo, load_unlabelled_maps(plain(config.data), config.seed)).images
+    seed = config.seed + 1  # an order and views of their own
+    example = map_twin_example(images, task.augment, task.size, seed)
+    pseudo = Boxes(images, human.val, example, human.batch_size, seed, human.workers, human.on_error)
+    return Mixed(human, pseudo), TaughtSegmentation(learner, LossBalance(task.alpha), moving)
 
 
 def build_learner(config: DictConfig, encoder: Encoder, classes: int, optim: Optim | None = None) -> Segmentation:

@@ -19,14 +19,14 @@ from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
 from sslzoo.tasks.dense import held_out
 from sslzoo.tasks.joint import jointly
-from sslzoo.tasks.parts import SET_HERE, at_most, enough, trained_weights
+from sslzoo.tasks.parts import SET_HERE, at_most, enough, teacher_of, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, write_summary
 
 SETTINGS = "selftrain"  # its file in conf/task
 SCORE, NAME = "map", "AP"  # of a whole run, and in tables
 PART_SCORE = "map"
 INSTEAD = "augment"  # of pretraining's views
-GIVEN = SET_HERE | {"task.augment": "augment", "task.alpha": "alpha", "task.teacher": "teacher"}
+GIVEN = SET_HERE | {"task.augment": "augment", "task.alpha": "alpha"}
 
 
 def check(config: DictConfig, part: DictConfig) -> int:
@@ -37,8 +37,6 @@ def check(config: DictConfig, part: DictConfig) -> int:
         part: of the teacher.
     """
     detect.check(part, [])
-    student = OmegaConf.merge(part, {"task": learned(config, Path("pseudo"))})
-    detect.moving_teacher(student.task)
     masks = detect.with_masks(config)
     train, val = detect.load_sets(config, masks)
     detect.load_further(part, train, masks)
@@ -53,8 +51,7 @@ def check(config: DictConfig, part: DictConfig) -> int:
 
 def learned(config: DictConfig, place: Path) -> dict:
     """Settings of ``task`` for a student that learns from the labels in ``place``."""
-    teacher = plain(config.teacher) if isinstance(config.teacher, DictConfig) else config.teacher
-    return {"pseudo": str(place / "labels.json"), "teacher": teacher}
+    return {"pseudo": str(place / "labels.json"), "teacher": teacher_of(config)}
 
 
 def told(part: dict) -> dict:

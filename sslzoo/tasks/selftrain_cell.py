@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from sslzoo.config import composed
+from sslzoo.moving_teacher import Moving
 from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance
 from sslzoo.tasks import selftrain_boxes, selftrain_classes, selftrain_maps
@@ -20,6 +21,7 @@ from sslzoo.tasks.parts import (
     outcome,
     own_settings,
     students,
+    teacher_of,
     trained,
     words_of,
 )
@@ -145,6 +147,7 @@ def check(config: DictConfig, overrides: Sequence[str]) -> int:
     check_numbers(config, ("steps", "looks", "iterations", *jobs, *limit), ("growth", "warmup"))
     check_flags(config, "self_training")
     LossBalance(config.alpha)
+    Moving.asked(teacher_of(config), config.self_training)
     initial(config)
     teacher = composed(part_words(config, overrides, steps_of(config), config.data.batch_size))
     pl.seed_everything(config.seed, verbose=False)

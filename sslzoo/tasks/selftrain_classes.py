@@ -18,7 +18,7 @@ from sslzoo.errors import UserError
 from sslzoo.report.progress import console
 from sslzoo.selftrain import confident, equal_classes
 from sslzoo.tasks import finetune
-from sslzoo.tasks.parts import SET_HERE, check_flags, check_numbers, enough
+from sslzoo.tasks.parts import SET_HERE, check_flags, check_numbers, enough, teacher_of
 from sslzoo.tasks.runs import device, write_summary
 
 SETTINGS = "selftrain_classes"  # its file in conf/task
@@ -30,13 +30,14 @@ GIVEN = SET_HERE
 
 def learned(config: DictConfig, place: Path) -> dict:
     """Settings of ``task`` for a student that learns from the labels in ``place``."""
-    return {"pseudo": {"file": str(place / "labels.npz"), "soft": config.soft, "alpha": config.alpha}}
+    pseudo = {"file": str(place / "labels.npz"), "soft": config.soft, "alpha": config.alpha}
+    return {"pseudo": pseudo, "teacher": teacher_of(config)}
 
 
 def told(part: dict) -> dict:
     """What of a part's own summary goes into the run's."""
     scores = {"top1": part[PART_SCORE], "top1_interval": part[f"{PART_SCORE}_interval"], "top5": part["finetune_top5"]}
-    names = ("steps", "images_seen", "labelled_images", "seconds", "loss", "start")
+    names = ("steps", "images_seen", "labelled_images", "seconds", "loss", "start", "teacher")
     return scores | {name: part[name] for name in names}
 
 
@@ -56,7 +57,7 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     network = load_tuned(teacher).to(device(config)[0])
     rows, probabilities = answers(network, whole, seen.data, rows)
     sure = confident(probabilities, config.threshold)
-    if len(sure) < config.data.batch_size:
+    if len(sure) < config.data.batch_size and config.teacher is None:  # a moving teacher labels all of them anew
         raise UserError(
             f"only {len(sure)} of {len(rows)} unlabelled images have a class of probability {config.threshold:g} or"
             f" more, and a batch takes {config.data.batch_size} (the best has {probabilities.max(initial=0):.2f}): the"
@@ -151,6 +152,11 @@ def check(config: DictConfig, part: DictConfig) -> int:
         raise UserError(f"data={config.data.name} has no classes of images; choose one of data={', data='.join(NAMES)}")
     if config.per_class is not None:
         check_numbers(config, ("per_class",), ())
+        if config.teacher is not None:
+            raise UserError(
+                f"per_class={config.per_class} balances the labels of a fixed teacher, and a moving one labels a batch"
+                " at a time; set per_class=null or teacher=null"
+            )
     check_flags(config, "soft")
     confident(np.zeros((0, 1)), config.threshold)
     if config.trainer.accumulate_grad_batches != 1:

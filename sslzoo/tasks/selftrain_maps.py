@@ -24,7 +24,7 @@ from sslzoo.report.pseudo import confidence_histogram
 from sslzoo.selftrain import check_probability
 from sslzoo.tasks import segment
 from sslzoo.tasks.dense import held_out
-from sslzoo.tasks.parts import SET_HERE, at_most, check_flags, enough, trained_weights
+from sslzoo.tasks.parts import SET_HERE, at_most, check_flags, enough, teacher_of, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, device, write_summary
 
 SETTINGS = "selftrain_maps"  # its file in conf/task
@@ -59,12 +59,12 @@ def check(config: DictConfig, part: DictConfig) -> int:
 
 def learned(config: DictConfig, place: Path) -> dict:
     """Settings of ``task`` for a student that learns from the labels in ``place``."""
-    return {"pseudo": str(place / "maps")}
+    return {"pseudo": str(place / "maps"), "teacher": teacher_of(config)}
 
 
 def told(part: dict) -> dict:
     """What of a part's own summary goes into the run's."""
-    names = ("miou", "pixel_accuracy", "steps", "images_seen", "train_images", "seconds", "loss", "start")
+    names = ("miou", "pixel_accuracy", "steps", "images_seen", "train_images", "seconds", "loss", "start", "teacher")
     return {name: part.get(name) for name in names}
 
 
@@ -86,10 +86,11 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         found = class_map(said, config.threshold).cpu()
         histogram += said.amax(0).float().cpu().histc(BINS, 0, 1).long()
         counts += found.flatten().long().bincount(minlength=len(counts))
-        if (found != IGNORE).any():
-            usable += 1
+        sure = bool((found != IGNORE).any())
+        usable += sure
+        if sure or config.teacher is not None:  # a moving teacher labels all of them anew
             write_map(place / "maps" / f"{name}.png", found)
-    if usable < config.data.batch_size:
+    if usable < config.data.batch_size and config.teacher is None:
         raise UserError(
             f"only {usable} of {len(images)} unlabelled images have a pixel of probability {config.threshold:g} or"
             f" more, and a batch takes {config.data.batch_size}: the teacher is too unsure; set a lower threshold, or"

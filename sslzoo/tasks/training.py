@@ -14,12 +14,14 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from sslzoo.checkpoints.files import write_text
 from sslzoo.config import built, composed, differences, plain
+from sslzoo.data.box_module import Boxes
 from sslzoo.data.mixed import Mixed
 from sslzoo.data.module import Images, default_workers
 from sslzoo.downstream.base import Downstream, Evaluate
 from sslzoo.errors import UserError
 from sslzoo.method import Method
 from sslzoo.monitor import Checkpoint, Metrics, Stopped
+from sslzoo.moving_teacher import TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.progress import Bar, console
@@ -224,6 +226,15 @@ def learn(
     bar = Bar(metrics, evaluate, shown=("top-1", f"{config.task.name}_top1"))
     trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
     return trainer, metrics, evaluate
+
+
+def images_seen(trainer: pl.Trainer, module: Method, data: Boxes | Images | Mixed) -> int:
+    """Images that were learned from; in the burn-in of a moving teacher only those with labels of people."""
+    seen = trainer.global_step * data.batch_size * trainer.accumulate_grad_batches
+    if not isinstance(module, TaughtStudent):
+        return seen
+    alone = module.human_alone(trainer.global_step, int(trainer.estimated_stepping_batches))
+    return seen - alone * data.batch_size // 2
 
 
 def effort(trainer: pl.Trainer, data: Images | Mixed, metrics: Metrics, optim: Optim) -> dict:
