@@ -23,6 +23,7 @@ from sslzoo.data.boxes import load_boxes
 from sslzoo.data.mixed import JointBatch, MixedBatch
 from sslzoo.data.pseudo_labels import PseudoLabels
 from sslzoo.dist import all_mean, mine
+from sslzoo.errors import UserError
 from sslzoo.joint import Joint
 from sslzoo.method import Batch, Method
 from sslzoo.monitor import Metrics
@@ -340,6 +341,12 @@ def test_views_are_those_of_finetuning_normalised_for_the_encoder():
     mean, std = (torch.tensor(list(config.data[key])) for key in ("mean", "std"))
     (x,) = found.views(gray, np.zeros(1, int), 0)
     torch.testing.assert_close(x[0, :, 0, 0], (0.2 - mean) / std, rtol=1e-3, atol=1e-3)
+
+
+def test_batches_that_devices_do_not_share_evenly_are_refused_by_their_own_name():
+    config = composed(["task=detect", *JOINT, "trainer.devices=3"])
+    with pytest.raises(UserError, match=r"task\.joint\.batch_size=8 does not split evenly over 3 devices"):
+        class_images(config, settings_of(config), Encoder("resnet10t", width=0.125))
 
 
 def test_images_without_a_label_are_left_out(monkeypatch):

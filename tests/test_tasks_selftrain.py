@@ -3,6 +3,7 @@
 import json
 import shlex
 from itertools import pairwise
+from pathlib import Path
 from shutil import copytree
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_joint_training_is_every_parts_and_a_moving_teacher_the_students_alone(t
     assert [part["teacher"] is None for part in parts.values()] == [True, False, True]
     assert [part["images_seen"] for part in parts.values()] == [16, 24, 24]  # no pseudo half in the burn-in
     assert summary["student"]["teacher"] == parts["student"]["teacher"]
-    assert parts["student"]["teacher"]["boxes_per_image"] > 0  # although the fixed teacher was sure of nothing
+    assert parts["student"]["teacher"]["pseudo_boxes"] > 0  # although the fixed teacher was sure of nothing
     assert len({part["start"] for part in parts.values()}) == 1
 
 
@@ -315,6 +316,26 @@ def test_a_grid_killed_and_resumed_equals_an_unbroken_one_and_repeats_nothing(tm
         *("random", "random + self-training", "random, control of as many images", "moco", "moco + self-training"),
         *("moco, control of as many images", "moco - random"),
     ]
+
+
+def test_cells_of_other_images_are_refused_and_moved_ones_are_not(tmp_path, monkeypatch, capsys, root, backbone):
+    monkeypatch.setattr(selftrain_grid, "together", lambda *_: {})
+    words = [*command(root), "grid=fraction", "fractions=[0.5]", f"init={backbone}", f"cells={tmp_path / 'cells'}"]
+    words.remove("label_fraction=0.5")
+    first = run([*words, f"run_dir={tmp_path / 'first'}"])
+    for folder in map(Path, first["cells"].values()):
+        folder.mkdir(parents=True)
+        place = composed([word for word in words if not word.startswith(("grid", "fractions", "cells", "init"))])
+        OmegaConf.save(place, folder / "config.yaml")
+    moved = tmp_path / "moved"
+    copytree(root, moved)
+    elsewhere = [word.replace(str(root), str(moved)) for word in words]
+    assert main([*elsewhere, f"run_dir={tmp_path / 'second'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"was made with data.root={root}, and this grid has data.root={moved}" in said
+    assert not (tmp_path / "second").exists()
+    assert main([*words, f"run_dir={tmp_path / 'second'}"]) == 0
+    assert main([f"resume={tmp_path / 'first'}", f"data.root={moved}"]) == 0
 
 
 def planned(*typed: str):

@@ -98,6 +98,9 @@ def class_images(config: DictConfig, settings: Settings, encoder: Encoder) -> Im
             f"task.joint.batch_size={settings.batch_size} is more than the {len(rows)} labelled training images of"
             f" {settings.data}; set task.joint.batch_size to at most {len(rows)}"
         )
+    devices = config.trainer.devices * config.trainer.num_nodes if isinstance(config.trainer.devices, int) else 1
+    if settings.batch_size % devices:
+        raise UserError(f"task.joint.batch_size={settings.batch_size} does not split evenly over {devices} devices")
     if len(rows) < len(found.train):
         found.train = part(found.train, rows)
     return found

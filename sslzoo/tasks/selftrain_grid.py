@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints.files import write_text
-from sslzoo.config import composed, config_hash, plain
+from sslzoo.config import composed, config_hash, keys_of, plain
 from sslzoo.errors import UserError
 from sslzoo.report.csv_log import read_rows
 from sslzoo.report.grid import Column, Grid, Row, csv_text, figure, markdown
@@ -55,9 +55,13 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     configs = {place: composed(words[place]) for place in cells}
     for place in {place.column: place for place in cells if cells[place] or not any(cells.values())}.values():
         check(configs[place], words[place])  # one of every column
+    names = {place: name_of(place, configs[place]) for place in cells}
+    if config.cells and config.resume is None:
+        for place in cells:
+            same_images(Path(config.cells) / names[place], configs[place])
     run_dir = started(config, overrides)
     top = Path(config.cells) if config.cells else run_dir / "cells"
-    folders = {place: top / name_of(place, configs[place]) for place in cells}
+    folders = {place: top / names[place] for place in cells}
     also = config.task.get("also", ())
     todo = {place: configs[place] for place in cells if not finished(folders[place], cells[place], also)}
     jobs = side_by_side(config.jobs)
@@ -190,6 +194,21 @@ def name_of(place: Place, config: DictConfig) -> str:
     column = [place.column.augment] if place.column.augment else []
     parts = (start, *column, f"{place.column.label_fraction:g}", f"seed{place.seed}", config_hash(config)[:6])
     return "_".join(parts)
+
+
+def same_images(folder: Path, config: DictConfig) -> None:
+    """Refuse, by UserError, a cell that another grid has left in ``folder`` with images from elsewhere."""
+    if not (folder / "config.yaml").is_file():
+        return
+    stored, now = (keys_of(each) for each in (OmegaConf.load(folder / "config.yaml"), config))
+    for key in ("data.root", "task.joint.root"):
+        was, wanted = (each.get(key) and Path(each[key]).expanduser().absolute() for each in (stored, now))
+        if was != wanted:
+            raise UserError(
+                f"{folder} was made with {key}={stored[key]}, and this grid has {key}={now[key]}: other images make"
+                " other cells, so set cells= to another folder; where they have only moved, resume= the grid that made"
+                f" it with {key}={now[key]}"
+            )
 
 
 # Running them
