@@ -8,6 +8,9 @@ from sslzoo.__main__ import main
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.strides import one_pixel_strides
 
+SMALL = ["encoder=resnet18", "encoder.width=0.125", "encoder.stem=imagenet", "data.batch_size=16",
+         "trainer.accelerator=cpu"]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("stem", "size", "found"),
@@ -45,3 +48,25 @@ def test_views_too_small_for_bfloat16_on_a_cpu_are_refused_before_anything_is_wr
     assert code == (2 if refused else 0), said
     assert ("views of 16 pixels reach layer4.0.conv1 of the encoder as single pixels" in said) == refused
     assert (tmp_path / "run").exists() != refused
+
+
+@pytest.mark.parametrize("task", ["finetune", "distill", "detect"])
+def test_tasks_that_train_a_backbone_refuse_such_images_too(tmp_path, capsys, tuned, task):
+    words = {
+        "finetune": ["task=finetune", "backbone=random", "image_size=16"],
+        "distill": ["task=distill", f"task.teacher={tuned}"],
+        "detect": ["task=detect", "backbone=random", "task.joint={data: photos, size: 16, batch_size: 8}"],
+    }[task]
+    run_dir = tmp_path / "run"
+    assert main([*words, *SMALL, "trainer.precision=bf16-mixed", f"run_dir={run_dir}"]) == 2
+    assert "of 16 pixels reach layer4.0.conv1 of the encoder as single pixels" in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A network tuned on images of 16 pixels, in float32."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tuned"
+    words = ["task=finetune", "backbone=random", "image_size=16", "trainer.max_steps=1", "trainer.precision=32-true"]
+    assert main([*words, *SMALL, f"run_dir={run_dir}"]) == 0
+    return run_dir

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sslzoo.checkpoints.backbone import load_backbone, save_backbone
@@ -21,6 +22,7 @@ from sslzoo.errors import UserError
 from sslzoo.report.progress import console
 from sslzoo.tasks.runs import device, provenance, write_summary
 from sslzoo.tasks.training import (
+    check_strides,
     effort,
     fit_batch,
     learn,
@@ -46,6 +48,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     named = f"backbone={config.backbone}" if config.backbone else f"encoder.name={config.encoder.name}"
     check_images(student.metadata, sized, named)
     check_size(student, sized.image_size)
+    check_strides(config, student, [torch.zeros(1, 3, sized.image_size, sized.image_size)])
     data = task_images(sized, overrides)
     check_classes_of(teacher, data.train, task.teacher)
     rows = labels_used(data, config)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -28,6 +29,7 @@ from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, views_of, write_summary
 from sslzoo.tasks.training import (
+    check_strides,
     effort,
     fit_batch,
     images_seen,
@@ -75,6 +77,7 @@ def ready(config: DictConfig, overrides: Sequence[str]) -> Ready:
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     check_size(encoder, sized.image_size)
+    check_strides(config, encoder, [torch.zeros(1, 3, sized.image_size, sized.image_size)])
     projector = kept_projector(config, encoder)
     data = task_images(sized, overrides)
     whole, settings = data.train, config.data

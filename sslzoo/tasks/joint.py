@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 
 from sslzoo.blocks import Encoder
@@ -18,7 +19,7 @@ from sslzoo.errors import UserError
 from sslzoo.joint import Joint
 from sslzoo.method import Method
 from sslzoo.tasks.runs import images
-from sslzoo.tasks.training import with_task_views
+from sslzoo.tasks.training import check_strides, with_task_views
 
 
 class Settings(NamedTuple):
@@ -81,6 +82,7 @@ def class_images(config: DictConfig, settings: Settings, encoder: Encoder) -> Im
         UserError: see ``jointly``.
     """
     check_size(encoder, settings.size, setting="task.joint.size")
+    check_strides(config, encoder, [torch.zeros(1, 3, settings.size, settings.size)])
     encoder.train()
     own = composed(["task=finetune", f"data={settings.data}"])  # its views, and the set's own settings
     own.seed, own.image_size = config.seed + 2, settings.size  # an order of its own, beside a student's two

@@ -7,15 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from rich.table import Table
 from torch import Tensor
 
-from sslzoo.blocks import Encoder
 from sslzoo.blocks.crops import check_count
-from sslzoo.blocks.strides import one_pixel_strides
 from sslzoo.checkpoints.backbone import save_backbone
 from sslzoo.checkpoints.files import write_text
 from sslzoo.config import build_encoder, build_optim, built, config_hash, plain
@@ -29,7 +26,7 @@ from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.pictures import curves, neighbour_strips
 from sslzoo.report.progress import Bar, console
 from sslzoo.tasks.runs import claim_run_dir, device, images, provenance, write_summary
-from sslzoo.tasks.training import fit, leave_cores_to_views, read_checkpoint, resumed
+from sslzoo.tasks.training import check_strides, fit, leave_cores_to_views, read_checkpoint, resumed
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +42,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     method.train()  # after a look in eval mode
     views = first_views(data)
     method.check_views(views)
+    check_strides(config, method.encoder, views)
     accelerator, precision = device(config)
-    if accelerator == "cpu" and precision.startswith("bf16"):
-        check_strides(method.encoder, views)
     leave_cores_to_views(accelerator, config)
     named = f"{config.recipe} with encoder.name={config.encoder.name}"
     state = read_checkpoint(checkpoint, method, named) if checkpoint else None
@@ -142,21 +138,6 @@ def first_views(data: Images, count: int = 64) -> list[Tensor]:
     with ThreadPoolExecutor(default_workers()) as pool:
         read, rows = Reader(data.train, pool, data.on_error)(rows)
         return data.views(read, rows, 0, pool=pool)
-
-
-@torch.no_grad()
-def check_strides(encoder: Encoder, views: Sequence[Tensor]) -> None:
-    """Refuse, by UserError, views so small that bfloat16 on a CPU gives wrong gradients, see ``one_pixel_strides``."""
-    encoder.eval()
-    for x in {x.shape[-1]: x for x in views}.values():
-        wrong = one_pixel_strides(encoder, lambda x=x: encoder(x[:1]))
-        if wrong:
-            raise UserError(
-                f"views of {x.shape[-1]} pixels reach {wrong[0].removeprefix('net.')} of the encoder as single pixels,"
-                " whose gradients torch computes wrongly in bfloat16 on a CPU; set trainer.precision=32-true, larger"
-                " image_size and local_size, or encoder.stem=small"
-            )
-    encoder.train()
 
 
 def check_sizes(settings: dict, batch_size: int, train: ImageSet) -> None:

@@ -11,7 +11,10 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
+from sslzoo.blocks import Encoder
+from sslzoo.blocks.strides import one_pixel_strides
 from sslzoo.checkpoints.files import write_text
 from sslzoo.config import built, composed, differences, plain
 from sslzoo.data.box_module import Boxes
@@ -66,6 +69,30 @@ def fit(
         console.print(f"{stopped}: stopped at step {trainer.global_step}; python -m sslzoo resume={run_dir} goes on")
         raise
     return trainer
+
+
+@torch.no_grad()
+def check_strides(config: DictConfig, encoder: Encoder, views: Sequence[Tensor]) -> None:
+    """Refuse, by UserError, views so small that bfloat16 on a CPU gives wrong gradients, see ``one_pixel_strides``.
+
+    Args:
+        config: says where and in which precision the encoder is trained.
+        encoder: in training mode from here on.
+        views: ``(b, 3, S, S)`` each, normalised.
+    """
+    accelerator, precision = device(config)
+    if accelerator != "cpu" or not precision.startswith("bf16"):
+        return
+    encoder.eval()
+    for x in {x.shape[-1]: x for x in views}.values():
+        wrong = one_pixel_strides(encoder, lambda x=x: encoder(x[:1]))
+        if wrong:
+            raise UserError(
+                f"views of {x.shape[-1]} pixels reach {wrong[0].removeprefix('net.')} of the encoder as single pixels,"
+                " whose gradients torch computes wrongly in bfloat16 on a CPU; set trainer.precision=32-true, larger"
+                " image_size and local_size, or encoder.stem=small"
+            )
+    encoder.train()
 
 
 def leave_cores_to_views(accelerator: str, config: DictConfig) -> None:
