@@ -76,6 +76,7 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "soft": config.soft,
         "images": len(rows),
         "confident_images": len(sure),
+        "share": len(sure) / len(rows),
         "taken_images": len(taken),
         "per_class": dict(zip(whole.classes, counts["taken"], strict=True)),
         "confident_per_class": dict(zip(whole.classes, counts["confident"], strict=True)),
