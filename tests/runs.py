@@ -18,6 +18,7 @@ from sslzoo.method import Batch, Method
 from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
+from sslzoo.tasks import dense
 from sslzoo.views import Clean, View, Views
 
 
@@ -163,12 +164,12 @@ def counted(monkeypatch, module, name: str) -> list[tuple]:
     return calls
 
 
-def as_second_rank(monkeypatch, task) -> None:
-    """Let a task believe, once it has trained, that it is not the rank that writes."""
-    original = task.fit
+def as_second_rank(monkeypatch) -> None:
+    """Let a task on stage maps believe, once it has trained, that it is not the rank that writes."""
+    original = dense.fit
 
     def fit(*arguments):
         trainer = original(*arguments)
         return SimpleNamespace(is_global_zero=False, strategy=trainer.strategy)
 
-    monkeypatch.setattr(task, "fit", fit)
+    monkeypatch.setattr(dense, "fit", fit)

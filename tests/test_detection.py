@@ -196,7 +196,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, 
 def test_all_ranks_find_together_when_a_run_is_resumed_after_its_end(tmp_path, monkeypatch, finished):
     run_dir = copytree(finished[0], tmp_path / "again")
     calls = counted(monkeypatch, detect, "predict")
-    as_second_rank(monkeypatch, detect)
+    as_second_rank(monkeypatch)
     assert run([f"resume={run_dir}"]) == {}
     assert len(calls) == 2  # the held-out images, and a further part
 

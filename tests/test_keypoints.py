@@ -260,7 +260,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, 
 def test_all_ranks_find_the_points_of_the_picture_together(tmp_path, monkeypatch, finished):
     run_dir = copytree(finished[0], tmp_path / "again")  # resumed after its end, so that it looks no more
     calls = counted(monkeypatch, keypoints, "predict")
-    as_second_rank(monkeypatch, keypoints)
+    as_second_rank(monkeypatch)
     assert run([f"resume={run_dir}"]) == {}
     assert len(calls) == 1
 

@@ -23,24 +23,18 @@ from sslzoo.downstream.precise_bn import check_images, estimate_batchnorm
 from sslzoo.downstream.taught import TaughtDetection
 from sslzoo.errors import UserError
 from sslzoo.method import Method
-from sslzoo.monitor import Metrics, device_memory_mb
 from sslzoo.moving_teacher import Moving
 from sslzoo.optim import Optim
-from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.detections import curves, predictions
-from sslzoo.report.progress import Bar, console
+from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
+from sslzoo.tasks import dense
 from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.joint import jointly, told
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
-    fit,
-    images_seen,
-    leave_cores_to_views,
-    read_checkpoint,
     refuse_pretraining,
     resumed,
-    started,
     tell_skipped,
 )
 
@@ -88,30 +82,18 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         return score(val, found, task.metric, masks)
 
     evaluate = Evaluate(look, task.every_epochs)
-    on = device(config)
-    leave_cores_to_views(on[0], config)
-    named = f"task.model={task.model} on backbone={config.backbone}"
-    state = read_checkpoint(checkpoint, module, named) if checkpoint else None
-    run_dir = started(config, overrides)
-    console.print(f"{task.model} on {config.backbone}: {len(train)} images of {train.name}, {on[1]}, {run_dir}")
-
-    rows = CsvLog(run_dir / "metrics.csv")
-    if config.resume:
-        rows.forget_after(state["global_step"] if state else 0)
-    metrics = Metrics(config.monitor.log_every)
-    bar = Bar(metrics, evaluate, shown=("AP", "map"))
-    trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
+    images = f"{len(train)} images of {train.name}"
+    training = dense.train(module, data, images, evaluate, ("AP", "map"), config, overrides, checkpoint)
+    run_dir, trainer = training.run_dir, training.trainer
     if not found:  # a run resumed after its end looks no more; ranks find together, as in a look
-        learner.to(trainer.strategy.root_device)  # the trainer has taken it from there
         found = predict(learner, val)
-    learner.to(trainer.strategy.root_device)
     more = {split: score(part, predict(learner, part), task.metric, masks) for split, part in also.items()}
     if not trainer.is_global_zero:
         return {}
 
     write_results(run_dir / "results.json", val, found)
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
-    curves(rows.rows, run_dir / "curves.png", title)
+    curves(training.rows.rows, run_dir / "curves.png", title)
     predictions(run_dir / "predictions.png", val, found, title)
     summary = {
         "task": "detect",
@@ -124,24 +106,11 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "metric": task.metric,
         "boxes_per_image": sum(len(each["scores"]) for each in found) / len(found),
         "true_boxes_per_image": len(val.labels) / len(val),
-        "loss": metrics.loss,
-        "steps": trainer.global_step,
-        "epochs": data.loader.position / len(data.loader),
-        "seconds": metrics.seconds,
-        "images_seen": images_seen(trainer, student, data),
-        "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
-        "train_images": len(train),
-        "val_images": len(val),
         "start": start,
         "teacher": None if task.teacher is None else student.told(),
         "joint": told(config, module, trainer.global_step),
-        "skipped_images": len(data.skipped),
-        "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
-        "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
-        "precision": on[1],
-        "world_size": trainer.world_size,
-        "backbone": str(config.backbone),
-        "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),
+        **dense.effort(training, student, data),
+        **dense.origin(config, encoder, train, val),
         **provenance(config, overrides),
     }
     write_summary(run_dir, summary)

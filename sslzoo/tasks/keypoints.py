@@ -24,20 +24,15 @@ from sslzoo.downstream.point_scores import check_scores, matched, point_scores, 
 from sslzoo.downstream.precise_bn import check_images, estimate_batchnorm
 from sslzoo.errors import UserError
 from sslzoo.method import Method
-from sslzoo.monitor import Metrics, device_memory_mb
 from sslzoo.optim import Optim
-from sslzoo.report.csv_log import CsvLog
 from sslzoo.report.keypoints import curves, predictions
-from sslzoo.report.progress import Bar, console
+from sslzoo.report.progress import console
+from sslzoo.tasks import dense
 from sslzoo.tasks.dense import held_out, leave_out_unused
-from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
+from sslzoo.tasks.runs import backbone_and_config, provenance, write_summary
 from sslzoo.tasks.training import (
-    fit,
-    leave_cores_to_views,
-    read_checkpoint,
     refuse_pretraining,
     resumed,
-    started,
     tell_skipped,
 )
 
@@ -67,26 +62,15 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         return look(module)
 
     evaluate = Evaluate(estimated if task.precise_bn else look, task.every_epochs)
-    on = device(config)
-    leave_cores_to_views(on[0], config)
-    named = f"task.model={task.model} on backbone={config.backbone}"
-    state = read_checkpoint(checkpoint, module, named) if checkpoint else None
-    run_dir = started(config, overrides)
-    console.print(f"{task.model} on {config.backbone}: {len(data.train)} of {data.train.name}, {on[1]}, {run_dir}")
-
-    rows = CsvLog(run_dir / "metrics.csv")
-    if config.resume:
-        rows.forget_after(state["global_step"] if state else 0)
-    metrics = Metrics(config.monitor.log_every)
-    bar = Bar(metrics, evaluate, shown=("PCK", "pck"))
-    trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
-    module.to(trainer.strategy.root_device)  # the trainer has taken it from there
+    images = f"{len(data.train)} of {data.train.name}"
+    training = dense.train(module, data, images, evaluate, ("PCK", "pck"), config, overrides, checkpoint)
+    run_dir, trainer = training.run_dir, training.trainer
     found = found_in(module, run_dir)  # by all ranks together
     if not trainer.is_global_zero:
         return {}
 
     title = f"{task.model} on {encoder.metadata['method']}, {data.train.name}, seed {config.seed}"
-    curves(rows.rows, run_dir / "curves.png", title)
+    curves(training.rows.rows, run_dir / "curves.png", title)
     predictions(run_dir / "predictions.png", examples, found, title)
     summary = {
         "task": "keypoints",
@@ -98,22 +82,9 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "normalise": task.normalise,
         "pck_at": task.pck,
         "points": len(examples.names),
-        "loss": metrics.loss,
-        "steps": trainer.global_step,
-        "epochs": data.loader.position / len(data.loader),
-        "seconds": metrics.seconds,
-        "images_seen": trainer.global_step * data.batch_size,
-        "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
-        "train_images": len(data.train),
-        "val_images": len(data.val),
         "val_objects": len(examples),
-        "skipped_images": len(data.skipped),
-        "skipped": {name: int(count) for name, count in (data.train.skipped + data.val.skipped).items()},
-        "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
-        "precision": on[1],
-        "world_size": trainer.world_size,
-        "backbone": str(config.backbone),
-        "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),
+        **dense.effort(training, module, data),
+        **dense.origin(config, encoder, data.train, data.val),
         **provenance(config, overrides),
     }
     write_summary(run_dir, summary)

@@ -20,23 +20,17 @@ from sslzoo.downstream.segmentation import Segmentation, drawn, looked
 from sslzoo.downstream.segmenters import Segmenter
 from sslzoo.downstream.taught import TaughtSegmentation
 from sslzoo.errors import UserError
-from sslzoo.monitor import Metrics, device_memory_mb
 from sslzoo.moving_teacher import Moving
 from sslzoo.optim import Optim
 from sslzoo.report.class_maps import curves, predictions, some_rows, write_maps
-from sslzoo.report.csv_log import CsvLog
-from sslzoo.report.progress import Bar, console
+from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance, Student, fingerprint
+from sslzoo.tasks import dense
 from sslzoo.tasks.dense import held_out, leave_out_unused
 from sslzoo.tasks.runs import backbone_and_config, device, provenance, write_summary
 from sslzoo.tasks.training import (
-    fit,
-    images_seen,
-    leave_cores_to_views,
-    read_checkpoint,
     refuse_pretraining,
     resumed,
-    started,
     tell_skipped,
 )
 
@@ -67,25 +61,14 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         module = Student(learner, LossBalance(task.alpha))
     inference = {"scales": list(task.scales), "flip": task.flip}
     evaluate = Evaluate(lambda _: looked(learner, val, **inference), task.every_epochs)
-    on = device(config)
-    leave_cores_to_views(on[0], config)
-    named = f"task.model={task.model} on backbone={config.backbone}"
-    state = read_checkpoint(checkpoint, module, named) if checkpoint else None
-    run_dir = started(config, overrides)
-    console.print(f"{task.model} on {config.backbone}: {len(train)} images of {train.name}, {on[1]}, {run_dir}")
-
-    rows = CsvLog(run_dir / "metrics.csv")
-    if config.resume:
-        rows.forget_after(state["global_step"] if state else 0)
-    metrics = Metrics(config.monitor.log_every)
-    bar = Bar(metrics, evaluate, shown=("mIoU", "miou"))
-    trainer = fit(module, data, config, run_dir, checkpoint, rows, [metrics, evaluate, bar], on)
+    images = f"{len(train)} images of {train.name}"
+    training = dense.train(module, data, images, evaluate, ("mIoU", "miou"), config, overrides, checkpoint)
+    run_dir, trainer = training.run_dir, training.trainer
     if not trainer.is_global_zero:
         return {}
 
     title = f"{task.model} on {encoder.metadata['method']}, {train.name}, seed {config.seed}"
-    curves(rows.rows, run_dir / "curves.png", title)
-    learner.to(trainer.strategy.root_device)  # the trainer has taken it from there
+    curves(training.rows.rows, run_dir / "curves.png", title)
     if task.save_maps:
         write_maps(run_dir / "maps", val, drawn(learner, val, range(len(val)), **inference))
     shown = some_rows(val)
@@ -97,23 +80,10 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
         "model": task.model,
         **evaluate.values,
         "classes": len(train.map_classes),
-        "loss": metrics.loss,
-        "steps": trainer.global_step,
-        "epochs": data.loader.position / len(data.loader),
-        "seconds": metrics.seconds,
-        "images_seen": images_seen(trainer, module, data),
-        "images_per_second": metrics.images / metrics.seconds if metrics.seconds else None,
-        "train_images": len(train),
-        "val_images": len(val),
         "start": start,
         "teacher": None if task.teacher is None else module.told(),
-        "skipped_images": len(data.skipped),
-        "skipped": {name: int(count) for name, count in (train.skipped + val.skipped).items()},
-        "peak_memory_mb": device_memory_mb(trainer.strategy.root_device),
-        "precision": on[1],
-        "world_size": trainer.world_size,
-        "backbone": str(config.backbone),
-        "pretrained": encoder.metadata.get("pretrained", config.backbone != "random"),
+        **dense.effort(training, module, data),
+        **dense.origin(config, encoder, train, val),
         **provenance(config, overrides),
     }
     write_summary(run_dir, summary)
