@@ -1,25 +1,22 @@
 """Self-training of classifiers: its parts, what they share, that they go on, what is refused."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from runs import Killed, archive, checkpoint_of, dies_in, in_this_process
+from runs import archive, in_this_process
+from selftraining import PARTS, assert_parts, assert_resumes, summary_of
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints import save_backbone
 from sslzoo.config import composed, keys_of
 from sslzoo.data.pseudo_classes import PseudoClasses
 from sslzoo.data.subsets import balanced
-from sslzoo.monitor import Metrics
 from sslzoo.tasks import finetune, selftrain_grid
 from sslzoo.tasks.parts import own_settings
 from sslzoo.tasks.selftrain_cell import part_words
-
-PARTS = ("teacher", "student", "control")
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +32,6 @@ def command(root, *more: str) -> list[str]:
         "steps=6", "data.batch_size=8", "data.workers=1", "encoder.width=0.125", "image_size=16",
         "trainer.accelerator=cpu", "trainer.precision=32-true", "monitor.log_every=1", "checkpoint.steps=1", *more,
     ]  # fmt: skip
-
-
-def summary_of(folder) -> dict:
-    return json.loads((folder / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +50,10 @@ def true_labels(root) -> np.ndarray:
 
 def test_a_run_has_a_teacher_pseudo_labels_a_student_and_a_control(finished):
     run_dir, summary = finished
-    assert summary == summary_of(run_dir)
-    parts = {name: summary_of(run_dir / name) for name in PARTS}
-    assert [part["steps"] for part in parts.values()] == [6, 6, 12]
-    assert [part["images_seen"] for part in parts.values()] == [48, 96, 96]
-    assert {part["labelled_images"] for part in parts.values()} == {summary["labelled_images"]}
-    assert len({part["lr"] for part in parts.values()}) == 1
-    top1 = {name: part["finetune_top1"] for name, part in parts.items()}
-    assert summary["top1"] == summary["student"]["top1"] == top1["student"]
-    assert (summary["supervised"]["top1"], summary["control"]["top1"]) == (top1["teacher"], top1["control"])
-    assert summary["gain_at_equal_steps"] == top1["student"] - top1["teacher"]
-    assert summary["gain_at_equal_images"] == top1["student"] - top1["control"]
+    assert_parts(run_dir, summary, "top1", steps=6, images=48, part_score="finetune_top1")
+    parts = [summary_of(run_dir / name) for name in PARTS]
+    assert {part["labelled_images"] for part in parts} == {summary["labelled_images"]}
+    assert len({part["lr"] for part in parts}) == 1
 
 
 def test_all_parts_start_from_the_same_weights_bit_for_bit(finished, root):
@@ -77,9 +63,6 @@ def test_all_parts_start_from_the_same_weights_bit_for_bit(finished, root):
     words = part_words(composed(command(root)), ["data=npz"], 6, 16)
     assert finetune.ready(composed(words), words).start in starts
     assert finetune.ready(composed([*words, "seed=1"]), words).start not in starts
-    student, teacher = (checkpoint_of(run_dir / name)["state_dict"] for name in ("student", "teacher"))
-    assert any(not torch.equal(value, student[f"learner.{name}"]) for name, value in teacher.items())
-    assert student["balance.means"].gt(0).all()
 
 
 def test_the_teacher_names_all_images_but_those_it_learned_from(finished, root):
@@ -123,22 +106,7 @@ def test_a_students_batches_are_half_human_and_half_pseudo(finished, root, soft)
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "step"), [("teacher", 5), ("student", 3)])
 def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
-    unbroken, summary = finished
-    run_dir = tmp_path / "broken"
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", dies_in(run_dir / part, step))
-        with pytest.raises(Killed):
-            run(command(root, f"run_dir={run_dir}"))
-    assert not (run_dir / "control").exists()
-    teacher = (run_dir / "teacher" / "last.ckpt").stat().st_mtime_ns
-    resumed = run([f"resume={run_dir}"])
-    if part == "student":
-        assert (run_dir / "teacher" / "last.ckpt").stat().st_mtime_ns == teacher
-    for name in PARTS:
-        one, other = (checkpoint_of(path / name)["state_dict"] for path in (unbroken, run_dir))
-        assert all(torch.equal(value, other[key]) for key, value in one.items()), name
-    for key in ("top1", "gain_at_equal_steps", "gain_at_equal_images", "pseudo"):
-        assert resumed[key] == summary[key], key
+    assert_resumes(command(root), finished, tmp_path / "broken", part, step, monkeypatch, "top1")
 
 
 def test_a_teacher_that_is_never_sure_gets_one_clear_line(tmp_path, root, capsys):

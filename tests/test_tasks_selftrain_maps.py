@@ -1,23 +1,17 @@
 """Self-training of segmenters: its parts, what they share, that they go on, what is refused."""
 
-import json
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from boxed import rectangles, write_coco
-from runs import Killed, checkpoint_of, dies_in
+from selftraining import PARTS, assert_parts, assert_resumes, summary_of
 from sslzoo.__main__ import main, run
 from sslzoo.config import composed, keys_of, options
 from sslzoo.data.boxes import labelled_images
 from sslzoo.downstream.segmenters import MODELS
-from sslzoo.monitor import Metrics
 from sslzoo.tasks.parts import own_settings
 from sslzoo.tasks.selftrain_cell import part_words
-
-PARTS = ("teacher", "student", "control")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +31,6 @@ def command(root, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def summary_of(folder) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, root):
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
@@ -49,19 +39,8 @@ def finished(tmp_path_factory, root):
 
 def test_a_run_has_a_teacher_pseudo_labels_a_student_and_a_control(finished):
     run_dir, summary = finished
-    assert summary == summary_of(run_dir)
-    parts = {name: summary_of(run_dir / name) for name in PARTS}
-    assert [part["steps"] for part in parts.values()] == [4, 4, 8]
-    assert [part["images_seen"] for part in parts.values()] == [16, 32, 32]
-    assert {part["train_images"] for part in parts.values()} == {summary["labelled_images"]} == {8}
-    assert len({part["start"] for part in parts.values()}) == 1
-    miou = {name: part["miou"] for name, part in parts.items()}
-    assert summary["miou"] == summary["student"]["miou"] == miou["student"]
-    assert (summary["supervised"]["miou"], summary["control"]["miou"]) == (miou["teacher"], miou["control"])
-    assert summary["gain_at_equal_steps"] == miou["student"] - miou["teacher"]
-    assert summary["gain_at_equal_images"] == miou["student"] - miou["control"]
-    student = checkpoint_of(run_dir / "student")["state_dict"]
-    assert student["balance.means"].gt(0).all()
+    assert_parts(run_dir, summary, "miou", steps=4, images=16)
+    assert {summary_of(run_dir / name)["train_images"] for name in PARTS} == {summary["labelled_images"]} == {8}
 
 
 def test_the_teachers_maps_are_of_the_other_images_and_say_255_where_it_is_unsure(finished):
@@ -82,18 +61,7 @@ def test_the_teachers_maps_are_of_the_other_images_and_say_255_where_it_is_unsur
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "step"), [("teacher", 2), ("student", 3)])
 def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
-    unbroken, summary = finished
-    run_dir = tmp_path / "broken"
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", dies_in(run_dir / part, step))
-        with pytest.raises(Killed):
-            run(command(root, f"run_dir={run_dir}"))
-    resumed = run([f"resume={run_dir}"])
-    for name in PARTS:
-        one, other = (checkpoint_of(path / name)["state_dict"] for path in (unbroken, run_dir))
-        assert all(torch.equal(value, other[key]) for key, value in one.items()), name
-    for key in ("miou", "gain_at_equal_steps", "gain_at_equal_images", "pseudo"):
-        assert resumed[key] == summary[key], key
+    assert_resumes(command(root), finished, tmp_path / "broken", part, step, monkeypatch, "miou")
 
 
 @pytest.mark.slow
