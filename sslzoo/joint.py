@@ -62,5 +62,8 @@ class Joint(Method):
     def after_step(self) -> None:
         self.learner.after_step()
 
+    def on_train_epoch_end(self) -> None:
+        self.learner.on_train_epoch_end()
+
     def parameter_groups(self) -> list[dict]:
         return self.learner.parameter_groups() + self.optim.groups(self.classifier.parameters())

@@ -45,14 +45,18 @@ class Moving:
         for name, example in (("decay", 0.9996), ("burn_in", 0.25)):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value < 1):
-                raise UserError(f"task.teacher.{name}={value} is no number from 0 to below 1; set it to e.g. {example}")
+                raise UserError(
+                    f"a moving teacher's {name}={value} is no number from 0 to below 1; give e.g. {{{name}: {example}}}"
+                )
         if self.threshold == MATCH_DENSITY:
             raise UserError(
-                f"task.teacher.threshold={MATCH_DENSITY} needs the scores of a whole set, but a moving teacher labels"
-                " a batch at a time; give a score from 0 to 1, e.g. 0.5"
+                f"threshold={MATCH_DENSITY} needs the scores of a whole set, but a moving teacher labels a batch at a"
+                " time; give it a score from 0 to 1, e.g. {threshold: 0.5}"
             )
         if not (_is_number(self.threshold) and 0 <= self.threshold <= 1):
-            raise UserError(f"task.teacher.threshold={self.threshold} is no score from 0 to 1; set it to e.g. 0.5")
+            raise UserError(
+                f"a moving teacher's threshold={self.threshold} is no score from 0 to 1; give e.g. {{threshold: 0.5}}"
+            )
 
     @classmethod
     def asked(cls, teacher: object, pseudo: object) -> "Moving | None":
@@ -65,7 +69,10 @@ class Moving:
             return None
         known = [each.name for each in fields(cls)]
         if not isinstance(teacher, Mapping) or set(teacher) - set(known):
-            raise UserError(f"task.teacher={teacher} is neither null nor settings out of {', '.join(known)}")
+            raise UserError(
+                f"teacher={teacher} is neither null nor settings of a moving teacher, {', '.join(known)}; give e.g."
+                " {decay: 0.9996}"
+            )
         if pseudo is None:
             raise UserError(f"task.teacher={teacher} has nothing to label; set task.pseudo, which names images")
         return cls(**teacher)
@@ -108,7 +115,7 @@ class MovingTeacher(nn.Module):
     @torch.no_grad()
     def count(self, sure: Tensor | int, asked: Tensor | int) -> None:
         """Take note of what this rank's step was sure of, out of what it was asked; all ranks together."""
-        now = torch.stack([torch.as_tensor(each, device=self.found.device).float() for each in (sure, asked)])
+        now = torch.stack([torch.as_tensor(each).to(self.found) for each in (sure, asked)])
         self.found.lerp_(all_mean(now), 1 - self.MEMORY)
 
     @torch.no_grad()
@@ -179,7 +186,10 @@ class TaughtStudent(Student):
 
     def human_alone(self, steps: int, of_all: int) -> int:
         """Of the first ``steps`` of a run of ``of_all`` those that took only the human half of their batch."""
-        return min(steps, math.ceil(self.teacher.moving.burn_in * of_all))
+        end = math.ceil(self.teacher.moving.burn_in * of_all)
+        if end and (end - 1) / of_all >= self.teacher.moving.burn_in:
+            end -= 1  # the product was rounded up
+        return min(steps, end)
 
     def told(self) -> dict:
         """What a summary says of the teacher."""

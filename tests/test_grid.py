@@ -27,6 +27,7 @@ def filled(kind: str, rows, columns, values, controls=()) -> Grid:
     for row, line in controls:
         for column, each in zip(columns, line, strict=True):
             grid.controls[row, column] = cell(*each)
+            grid.control_curves[row, column] = [[(100, 200, one / 200), (200, 200, one / 100)] for one in each]
     return grid
 
 
@@ -139,6 +140,8 @@ def test_the_table_can_be_read_at_several_step_counts(fraction):
     quarter, half = (text.split(f"## After about {share} of each cell's steps")[1] for share in ("25%", "50%"))
     assert "| random | 7.5 | 11.0 |" in quarter.split("##")[0]
     assert "| random | 15.0 | 22.0 |" in half
+    assert "| random, control of as many images | 17.5 | 22.6 |" in half
+    assert "control" not in quarter.split("##")[0]  # it has no look there
     looks = [[(10, 100, 0.1), (60, 100, 0.5), (100, 100, 0.6)], [(40, 100, 0.3), (100, 100, 0.8)]]
     assert along(looks, 0.5) == pytest.approx(0.4)
     assert along(looks, 1.0) == pytest.approx(0.7)
@@ -198,8 +201,9 @@ def test_the_csv_has_every_look(fraction):
         ("supervised", str(step), "100") for step in (25, 50, 75, 100)
     ]
     assert float(looks[-1]["score"]) == pytest.approx(0.33)
-    controls = [float(row["score"]) for row in rows if row["part"] == "control" and row["column"] == "100%"]
-    assert controls == pytest.approx([0.45, 0.452, 0.454])
+    controls = [row for row in rows if row["part"] == "control" and row["column"] == "100%"]
+    assert [float(row["score"]) for row in controls] == pytest.approx([0.225, 0.45, 0.226, 0.452, 0.227, 0.454])
+    assert [(row["step"], row["steps"]) for row in controls[:2]] == [("100", "200"), ("200", "200")]
 
 
 def test_the_figure_has_a_line_for_every_row_and_control(fraction, tmp_path, monkeypatch):

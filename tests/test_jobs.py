@@ -12,7 +12,7 @@ from sslzoo.config import composed
 from sslzoo.errors import UserError
 from sslzoo.monitor import Stopped
 from sslzoo.tasks import jobs
-from sslzoo.tasks.jobs import several_devices, side_by_side, together
+from sslzoo.tasks.jobs import devices, side_by_side, together
 
 SCRIPT = """
 import os, pathlib, signal, sys, time
@@ -23,7 +23,7 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 here = pathlib.Path(folder, name + ".running")
 here.touch()
-print("threads", os.environ.get("OMP_NUM_THREADS"))
+print("threads", os.environ.get("OMP_NUM_THREADS"), "gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
 pathlib.Path(folder, name + ".beside").write_text(str(len(list(pathlib.Path(folder).glob("*.running")))))
 time.sleep(float(seconds))
 here.unlink()
@@ -53,7 +53,22 @@ def test_all_run_no_more_than_asked_for_at_a_time_with_one_thread_each(tmp_path)
     assert seen[-1] == dict.fromkeys(commands, 0)
     assert max(list(codes.values()).count(None) for codes in seen) <= 2
     assert max(int((tmp_path / f"run{k}.beside").read_text()) for k in range(5)) == 2
-    assert (tmp_path / "logs" / "run3.txt").read_text().splitlines() == ["threads 1", "sslzoo: last words of run3"]
+    assert (tmp_path / "logs" / "run3.txt").read_text().splitlines() == [
+        "threads 1 gpus None",
+        "sslzoo: last words of run3",
+    ]
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [(None, ["0", "1"]), ("4,6", ["4", "6"])])
+def test_runs_beside_each_other_have_a_gpu_each_and_hand_it_on(tmp_path, monkeypatch, visible, gpus):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    commands = {"long": ["long", "1.0", "0"], **{f"run{k}": [f"run{k}", "0.1", "0"] for k in range(3)}}
+    assert together(commands, tmp_path / "logs", jobs=2, every=0.05) == {}
+    had = {name: (tmp_path / "logs" / f"{name}.txt").read_text().splitlines()[0].split()[-1] for name in commands}
+    assert had == {"long": gpus[0], "run0": gpus[1], "run1": gpus[1], "run2": gpus[1]}
 
 
 def test_one_that_fails_is_told_by_its_last_line_and_the_others_go_on(tmp_path):
@@ -81,13 +96,14 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path):
 
 
 def test_how_many_devices_a_run_takes(monkeypatch):
-    def several(devices):
-        return several_devices(composed(["task=selftrain", f"trainer.devices={devices}"]))
+    def taken(said, *more):
+        return devices(composed(["task=selftrain", f"trainer.devices={said}", *more]))
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert [several(devices) for devices in (1, 2, "auto")] == [False, True, False]
+    assert [taken(said) for said in (1, 2, "auto", "[1]", "[0,2]", "-1")] == [1, 2, 1, 1, 2, 1]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert several("auto")
+    assert [taken(said) for said in (1, "auto", "-1", "[1]")] == [1, 4, 4, 1]
+    assert taken("auto", "trainer.accelerator=cpu") == 1
 
 
 @pytest.mark.parametrize(("gigabytes", "cores", "jobs"), [(64, 4, 4), (6, 4, 2), (1, 4, 1), (64, 1, 1)])

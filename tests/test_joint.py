@@ -345,7 +345,7 @@ def test_views_are_those_of_finetuning_normalised_for_the_encoder():
 
 def test_batches_that_devices_do_not_share_evenly_are_refused_by_their_own_name():
     config = composed(["task=detect", *JOINT, "trainer.devices=3"])
-    with pytest.raises(UserError, match=r"task\.joint\.batch_size=8 does not split evenly over 3 devices"):
+    with pytest.raises(UserError, match=r"task\.joint\.batch_size=8 does not split evenly over 3 devices; set it to 9"):
         class_images(config, settings_of(config), Encoder("resnet10t", width=0.125))
 
 

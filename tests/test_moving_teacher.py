@@ -142,6 +142,18 @@ def test_the_teacher_is_the_student_until_the_burn_in_ends_and_its_average_from_
     assert any(not torch.equal(value, own[name]) for name, value in average.items() if "running_mean" in name)
 
 
+@pytest.mark.parametrize("burn_in", [0.0, 0.07, 0.25, 0.29, 1 / 3, 0.57, 0.99])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_steps_of_the_burn_in_are_those_that_are_counted_as_such(burn_in, steps):
+    module, burnt = student(burn_in=burn_in), 0
+    module.steps = steps
+    for step in range(steps):
+        assert module.human_alone(step, steps) == burnt
+        module.step = step
+        burnt += module.burns_in
+    assert module.human_alone(steps, steps) == burnt
+
+
 def test_the_teacher_never_trains_and_is_nobodys_parameter():
     module = student()
     module.train()
@@ -413,14 +425,17 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_and_tells_of_its_teache
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["task.teacher={decay: 1.0}"], "task.teacher.decay=1.0 is no number from 0 to below 1"),
-        (["task.teacher={decay: high}"], "task.teacher.decay=high is no number"),
-        (["task.teacher={burn_in: -0.1}"], "task.teacher.burn_in=-0.1 is no number from 0 to below 1"),
-        (["task.teacher={burn_in: true}"], "task.teacher.burn_in=True is no number"),
-        (["task.teacher={threshold: 1.5}"], "task.teacher.threshold=1.5 is no score from 0 to 1"),
+        (["task.teacher={decay: 1.0}"], "a moving teacher's decay=1.0 is no number from 0 to below 1"),
+        (["task.teacher={decay: high}"], "a moving teacher's decay=high is no number"),
+        (["task.teacher={burn_in: -0.1}"], "a moving teacher's burn_in=-0.1 is no number from 0 to below 1"),
+        (["task.teacher={burn_in: true}"], "a moving teacher's burn_in=True is no number"),
+        (["task.teacher={threshold: 1.5}"], "a moving teacher's threshold=1.5 is no score from 0 to 1"),
         (["task.teacher={threshold: match-density}"], "needs the scores of a whole set, but a moving teacher labels"),
-        (["task.teacher={momentum: 0.9}"], "is neither null nor settings out of decay, burn_in, threshold"),
-        (["task.teacher=true"], "task.teacher=True is neither null nor settings out of decay, burn_in, threshold"),
+        (
+            ["task.teacher={momentum: 0.9}"],
+            "is neither null nor settings of a moving teacher, decay, burn_in, threshold",
+        ),
+        (["task.teacher=true"], "teacher=True is neither null nor settings of a moving teacher, decay, burn_in, thr"),
         ([TEACHER, "task.pseudo=null"], "has nothing to label; set task.pseudo, which names images"),
         ([TEACHER, "task.augment=s9"], "task.augment=s9 is none of"),
     ],
@@ -437,5 +452,5 @@ def test_mistakes_are_said_in_one_line_before_anything_is_written(tmp_path, root
 
 def test_settings_have_defaults_and_are_checked():
     assert Moving() == Moving(0.9996, 0.25, 0.5)
-    with pytest.raises(UserError, match=r"task\.teacher\.threshold=-1"):
+    with pytest.raises(UserError, match=r"a moving teacher's threshold=-1 is no score"):
         Moving(threshold=-1)

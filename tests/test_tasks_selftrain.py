@@ -20,6 +20,7 @@ from sslzoo.blocks import Encoder
 from sslzoo.checkpoints import save_backbone
 from sslzoo.config import composed, keys_of
 from sslzoo.data.boxes import labelled_images
+from sslzoo.report.csv_log import read_rows
 from sslzoo.tasks import selftrain_grid
 from sslzoo.tasks.detect import load_sets
 from sslzoo.tasks.parts import moved, own_settings, word
@@ -124,6 +125,10 @@ def test_joint_training_is_every_parts_and_a_moving_teacher_the_students_alone(t
     assert [part["images_seen"] for part in parts.values()] == [16, 24, 24]  # no pseudo half in the burn-in
     assert summary["student"]["teacher"] == parts["student"]["teacher"]
     assert parts["student"]["teacher"]["pseudo_boxes"] > 0  # although the fixed teacher was sure of nothing
+    rows = read_rows(run_dir / "student" / "metrics.csv")
+    assert [row["pseudo_boxes"] for row in rows if "pseudo_boxes" in row][-1] == summary["student"]["teacher"][
+        "pseudo_boxes"
+    ]
     assert len({part["start"] for part in parts.values()}) == 1
 
 
@@ -292,7 +297,8 @@ def test_a_grid_killed_and_resumed_equals_an_unbroken_one_and_repeats_nothing(tm
 
 
 def test_cells_of_other_images_are_refused_and_moved_ones_are_not(tmp_path, monkeypatch, capsys, root, backbone):
-    monkeypatch.setattr(selftrain_grid, "together", lambda *_: {})
+    asked = []
+    monkeypatch.setattr(selftrain_grid, "together", lambda commands, *_: asked.append(commands) or {})
     words = [*command(root), "grid=fraction", "fractions=[0.5]", f"init={backbone}", f"cells={tmp_path / 'cells'}"]
     words.remove("label_fraction=0.5")
     first = run([*words, f"run_dir={tmp_path / 'first'}"])
@@ -308,7 +314,20 @@ def test_cells_of_other_images_are_refused_and_moved_ones_are_not(tmp_path, monk
     assert f"was made with data.root={root}, and this grid has data.root={moved}" in said
     assert not (tmp_path / "second").exists()
     assert main([*words, f"run_dir={tmp_path / 'second'}"]) == 0
-    assert main([f"resume={tmp_path / 'first'}", f"data.root={moved}"]) == 0
+    assert main([f"resume={tmp_path / 'first'}", f"data.root={moved}", "task.also=[val2017]", "data.workers=3"]) == 0
+    assert len(asked[-1]) == 2
+    for typed in asked[-1].values():  # of what they had, the rest is as it was
+        assert {f"data.root={moved}", 'task.also=["val2017"]', "data.workers=3"} <= set(typed)
+
+
+def test_backbones_of_one_method_are_told_apart(tmp_path, backbone):
+    files = [tmp_path / top / "moco" / "backbone.safetensors" for top in "abc"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(backbone.read_bytes())
+    listed = ",".join(map(str, files))
+    named = selftrain_grid.inits(composed(["task=selftrain", "encoder.width=0.125", "grid=init", f"init=[{listed}]"]))
+    assert list(named.values()) == ["random", "moco", "moco moco", "moco c/moco"]
 
 
 def planned(*typed: str):
@@ -374,8 +393,8 @@ def test_only_cells_that_compute_the_same_share_a_folder(backbone):
         (["task.metric=foo"], "task.metric=foo is none of coco"),
         (["task.clip=far"], "task.clip=far is no norm of gradients"),
         (["task.optim.name=foo"], "foo"),
-        (["teacher=ema"], "task.teacher=ema is neither null nor settings out of decay, burn_in, threshold"),
-        (["teacher={decay:1.0}"], "task.teacher.decay=1.0 is no number from 0 to below 1"),
+        (["teacher=ema"], "teacher=ema is neither null nor settings of a moving teacher, decay, burn_in, threshold"),
+        (["teacher={decay:1.0}"], "a moving teacher's decay=1.0 is no number from 0 to below 1"),
         (["task.teacher={decay:0.9}"], "type teacher= instead"),
         (["task.joint.data=scenes"], "task.joint.data=scenes is no set of images with classes"),
         (["grid=joint", "init=timm/resnet18"], "name images with classes, task.joint.data=photos"),

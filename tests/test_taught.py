@@ -10,6 +10,7 @@ from conftest import on_ranks
 from runs import Killed, archive, checkpoint_of, dies_in
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
+from sslzoo.config import composed
 from sslzoo.data.box_module import BoxBatch
 from sslzoo.data.box_set import IGNORE
 from sslzoo.data.box_views import STRENGTHS, augmented
@@ -30,7 +31,7 @@ from sslzoo.moving_teacher import Moving, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.selftrain import LossBalance
-from sslzoo.tasks.parts import trained_weights
+from sslzoo.tasks.parts import teacher_of, trained_weights
 from sslzoo.views.draw import key
 
 OPTIM = Optim(lr=0.01, lr_per=None)
@@ -235,6 +236,26 @@ def test_where_no_image_is_sure_the_loss_is_a_zero_that_reaches_every_parameter(
     assert not any(grad.any() for grad in grads.values())
 
 
+@pytest.mark.parametrize(
+    ("what", "dtype"), [("pixels", torch.float64), ("images", torch.float64), ("images", torch.bfloat16)]
+)
+def test_networks_of_another_precision_are_taught_too(what, dtype):
+    build_student, batch_of, _ = STUDENTS[what]
+    module, batch = build_student().to(dtype), batch_of(2)
+    if what == "images":
+        batch = MixedBatch(*(part._replace(views=[view.to(dtype) for view in part.views]) for part in batch))
+    module.loss(batch).backward()
+    assert module.teacher.found.dtype == dtype
+    assert module.teacher.share == pytest.approx(1, rel=0.02)
+
+
+def test_a_moving_teacher_is_as_sure_as_labels_must_be_unless_it_is_said():
+    words = ["task=selftrain", "threshold=0.8"]
+    assert teacher_of(composed(words)) is None
+    assert teacher_of(composed([*words, "teacher={decay: 0.9}"])) == {"threshold": 0.8, "decay": 0.9}
+    assert teacher_of(composed([*words, "teacher={threshold: 0.7}"])) == {"threshold": 0.7}
+
+
 # Ranks
 
 STUDENTS = {"pixels": (segmenter, pixels, 0.4), "images": (classifier, classified, 0.6)}  # sure of some of them
@@ -360,11 +381,12 @@ def test_a_moving_teacher_of_pixels_is_given_all_images_to_label(tmp_path, root,
 @pytest.mark.parametrize(
     ("what", "more", "message"),
     [
-        ("pixels", "teacher={decay: 1.0}", "task.teacher.decay=1.0 is no number from 0 to below 1"),
-        ("pixels", "teacher={momentum: 0.9}", "is neither null nor settings out of decay, burn_in, threshold"),
+        ("pixels", "teacher={decay: 1.0}", "a moving teacher's decay=1.0 is no number from 0 to below 1"),
+        ("pixels", "teacher={momentum: 0.9}", "is neither null nor settings of a moving teacher, decay, burn_in, thr"),
+        ("images", "iterations=2", "the second student would be the first again; set iterations=1"),
         ("pixels", "task.teacher={decay: 0.9}", "type teacher= instead"),
-        ("images", "teacher={threshold: 2}", "task.teacher.threshold=2 is no score from 0 to 1"),
-        ("images", "teacher=true", "task.teacher=True is neither null nor settings"),
+        ("images", "teacher={threshold: 2}", "a moving teacher's threshold=2 is no score from 0 to 1"),
+        ("images", "teacher=true", "teacher=True is neither null nor settings of a moving teacher"),
         ("images", "per_class=3", "per_class=3 balances the labels of a fixed teacher"),
     ],
 )

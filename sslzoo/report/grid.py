@@ -55,6 +55,9 @@ PUBLISHED_JOINT = {  # table 7: 20 % of the labels, S4; alone and jointly with I
 }
 
 
+Looks = list[tuple[int, int, float]]  # step, of all steps, score
+
+
 @dataclass(frozen=True)
 class Row:
     """An initialisation, with self-training or without.
@@ -99,6 +102,7 @@ class Grid:
         controls: of a row with self-training: that of the labels alone, from as many images as the student saw.
         runs: (row, column) -> what cells said of themselves: parts, pseudo-labels.
         curves: (row, column) -> for each seed ``(step, of all steps, score)`` along the run.
+        control_curves: the same of ``controls``.
     """
 
     kind: str
@@ -110,7 +114,8 @@ class Grid:
     scores: dict[tuple[Row, Column], Cell] = field(default_factory=dict)
     controls: dict[tuple[Row, Column], Cell] = field(default_factory=dict)
     runs: dict[tuple[Row, Column], list[dict]] = field(default_factory=dict)
-    curves: dict[tuple[Row, Column], list[list[tuple[int, int, float]]]] = field(default_factory=dict)
+    curves: dict[tuple[Row, Column], list[Looks]] = field(default_factory=dict)
+    control_curves: dict[tuple[Row, Column], list[Looks]] = field(default_factory=dict)
 
     def reference(self, row: Row, column: Column) -> tuple[Row, Column] | None:
         """The cell that one is compared with, as the paper does.
@@ -155,7 +160,7 @@ def value(cell: Cell) -> str:
     return f"{100 * cell.mean:.1f}{spread} ({cell.seeds})"
 
 
-def along(curves: Sequence[Sequence[tuple[int, int, float]]], share: float) -> float | None:
+def along(curves: Sequence[Looks], share: float) -> float | None:
     """The score at the look nearest to ``share`` of the steps, the seeds' mean; None where one has no look near it."""
     found = []
     for looks in curves:
@@ -178,12 +183,18 @@ def markdown(grid: Grid) -> str:
         parts += ["## What the cells were made of\n", _made_of(grid)]
     for share in SHARES:
         lines = [
-            [row.name, *[_percent(along(grid.curves.get((row, column), []), share)) for column in grid.columns]]
+            [name, *[_percent(along(curves.get((row, column), []), share)) for column in grid.columns]]
             for row in grid.rows
+            for name, curves in ((row.name, grid.curves), (_control_of(row), grid.control_curves))
         ]
-        if any(any(line[1:]) for line in lines):
+        lines = [line for line in lines if any(line[1:])]
+        if lines:
             parts += [f"## After about {share:.0%} of each cell's steps\n", _lines(["setup", *_names(grid)], lines)]
     return "\n".join(parts)
+
+
+def _control_of(row: Row) -> str:
+    return f"{row.init}, control of as many images"
 
 
 def _names(grid: Grid) -> list[str]:
@@ -197,7 +208,7 @@ def _percent(score: float | None) -> str:
 def _table(grid: Grid) -> str:
     lines = []
     for row in grid.rows:
-        line, control, paper = [row.name], [f"{row.init}, control of as many images"], [f"*paper: {row.name}*"]
+        line, control, paper = [row.name], [_control_of(row)], [f"*paper: {row.name}*"]
         for column in grid.columns:
             base = grid.reference(row, column)
             cell, other = grid.scores.get((row, column)), grid.scores.get(base) if base else None
@@ -307,7 +318,7 @@ CSV = (
 
 
 def csv_text(grid: Grid) -> str:
-    """``table.csv``: a line for each look at each cell, 0 to 1; a part's last is its score, a control has that one."""
+    """``table.csv``: a line for each look at each cell, 0 to 1; a part's last is its score."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV)
@@ -315,13 +326,13 @@ def csv_text(grid: Grid) -> str:
         for column in grid.columns:
             about = (grid.kind, grid.data, row.name, row.init, row.self_training, column.name, column.augment,
                      column.label_fraction)  # fmt: skip
-            seeds = list(grid.scores[row, column].by_seed) if (row, column) in grid.scores else []
-            for seed, looks in zip(seeds, grid.curves.get((row, column), []), strict=False):
-                part = "student" if row.self_training else "supervised"
-                writer.writerows((*about, seed, part, *look[:2], grid.metric, look[2]) for look in looks)
-            if (row, column) in grid.controls:
-                for seed, scores in grid.controls[row, column].by_seed.items():
-                    writer.writerow((*about, seed, "control", "", "", grid.metric, statistics.fmean(scores)))
+            for part, scores, curves in (
+                ("student" if row.self_training else "supervised", grid.scores, grid.curves),
+                ("control", grid.controls, grid.control_curves),
+            ):
+                seeds = list(scores[row, column].by_seed) if (row, column) in scores else []
+                for seed, looks in zip(seeds, curves.get((row, column), []), strict=False):
+                    writer.writerows((*about, seed, part, *look[:2], grid.metric, look[2]) for look in looks)
     return text.getvalue()
 
 

@@ -48,7 +48,8 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     named = f"backbone={config.backbone}" if config.backbone else f"encoder.name={config.encoder.name}"
     check_images(student.metadata, sized, named)
     check_size(student, sized.image_size)
-    check_strides(config, student, [torch.zeros(1, 3, sized.image_size, sized.image_size)])
+    image = torch.zeros(1, 3, sized.image_size, sized.image_size)
+    check_strides(config, student, [image], "or another encoder; the size is the teacher's")
     data = task_images(sized, overrides)
     check_classes_of(teacher, data.train, task.teacher)
     rows = labels_used(data, config)

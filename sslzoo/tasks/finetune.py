@@ -77,7 +77,8 @@ def ready(config: DictConfig, overrides: Sequence[str]) -> Ready:
     pl.seed_everything(config.seed, verbose=False)
     encoder, sized = backbone_and_config(OmegaConf.merge(config, {}))
     check_size(encoder, sized.image_size)
-    check_strides(config, encoder, [torch.zeros(1, 3, sized.image_size, sized.image_size)])
+    image = torch.zeros(1, 3, sized.image_size, sized.image_size)
+    check_strides(config, encoder, [image], "or take a backbone of larger images")
     projector = kept_projector(config, encoder)
     data = task_images(sized, overrides)
     whole, settings = data.train, config.data

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from sslzoo.errors import UserError
 from sslzoo.monitor import Stopped
@@ -18,10 +18,14 @@ MEMINFO = Path("/proc/meminfo")
 MEMORY_MB = 2500  # of one run among several; the built-in scenes take 1,500
 
 
-def several_devices(config: DictConfig) -> bool:
-    """Whether a run of ``config`` takes more than one device."""
-    devices = config.trainer.devices
-    return torch.cuda.device_count() > 1 if devices == "auto" else devices not in (1, "1")
+def devices(config: DictConfig) -> int:
+    """How many devices of a machine a run of ``config`` takes, by Lightning's rules for ``trainer.devices``."""
+    said = config.trainer.devices
+    if said in ("auto", -1, "-1"):
+        return 1 if config.trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    if isinstance(said, ListConfig):
+        return len(said)
+    return len([each for each in said.split(",") if each]) if "," in str(said) else int(said)
 
 
 def side_by_side(jobs: int | None) -> int:
@@ -43,6 +47,8 @@ def together(
 ) -> dict[str, str]:
     """Run ``python -m sslzoo`` with each of ``commands``, ``jobs`` at a time, in their order.
 
+    Where there are several GPUs, runs that are beside each other have one each.
+
     SIGTERM and SIGINT are passed on, so that runs write their checkpoints; then ``Stopped`` is raised.
 
     Args:
@@ -59,22 +65,24 @@ def together(
         UserError: if the only run fails.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running, codes = list(commands), {}, {}
+    waiting, running, codes, taken = list(commands), {}, {}, {}
     asked: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in numbers}
-    env = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    slots = list(range(jobs))  # those that no run has
     try:
         while (waiting or running) and not asked:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
                 with (logs / f"{name}.txt").open("a") as log:
                     words = [sys.executable, "-m", "sslzoo", *commands[name]]
+                    env = os.environ | (alone(slots[0]) if jobs > 1 else {})
                     running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=env)
-                codes[name] = None
+                taken[name], codes[name] = slots.pop(0), None
             ended = _wait(running, every, asked)
             for name in ended:
                 codes[name] = running.pop(name).returncode
+                slots.append(taken.pop(name))
             tick(codes)
     finally:
         for process in running.values():
@@ -90,6 +98,15 @@ def together(
         (name, line), *_ = failed.items()
         raise UserError(line.removeprefix("sslzoo: ") or f"{name} ended with code {codes[name]}")
     return failed
+
+
+def alone(slot: int) -> dict[str, str]:
+    """What the environment of a run says that has others beside it: one thread, and one of several GPUs."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {"OMP_NUM_THREADS": "1"}
+    known = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": known[slot % count]}
 
 
 def _wait(running: Mapping[str, subprocess.Popen], seconds: float, asked: Sequence[int]) -> list[str]:

@@ -18,6 +18,7 @@ from sslzoo.downstream.features import check_size
 from sslzoo.errors import UserError
 from sslzoo.joint import Joint
 from sslzoo.method import Method
+from sslzoo.tasks.jobs import devices
 from sslzoo.tasks.runs import images
 from sslzoo.tasks.training import check_strides, with_task_views
 
@@ -82,7 +83,7 @@ def class_images(config: DictConfig, settings: Settings, encoder: Encoder) -> Im
         UserError: see ``jointly``.
     """
     check_size(encoder, settings.size, setting="task.joint.size")
-    check_strides(config, encoder, [torch.zeros(1, 3, settings.size, settings.size)])
+    check_strides(config, encoder, [torch.zeros(1, 3, settings.size, settings.size)], "or a larger task.joint.size")
     encoder.train()
     own = composed(["task=finetune", f"data={settings.data}"])  # its views, and the set's own settings
     own.seed, own.image_size = config.seed + 2, settings.size  # an order of its own, beside a student's two
@@ -100,9 +101,12 @@ def class_images(config: DictConfig, settings: Settings, encoder: Encoder) -> Im
             f"task.joint.batch_size={settings.batch_size} is more than the {len(rows)} labelled training images of"
             f" {settings.data}; set task.joint.batch_size to at most {len(rows)}"
         )
-    devices = config.trainer.devices * config.trainer.num_nodes if isinstance(config.trainer.devices, int) else 1
-    if settings.batch_size % devices:
-        raise UserError(f"task.joint.batch_size={settings.batch_size} does not split evenly over {devices} devices")
+    over = devices(config) * config.trainer.num_nodes
+    if settings.batch_size % over:
+        raise UserError(
+            f"task.joint.batch_size={settings.batch_size} does not split evenly over {over} devices; set it to"
+            f" {-(-settings.batch_size // over) * over}"
+        )
     if len(rows) < len(found.train):
         found.train = part(found.train, rows)
     return found

@@ -18,8 +18,9 @@ from sslzoo.config import CONF, composed, keys_of, plain
 from sslzoo.data.box_set import BoxSet
 from sslzoo.data.cityscapes import Cityscapes
 from sslzoo.errors import UserError
+from sslzoo.report.progress import console
 from sslzoo.tasks import task
-from sslzoo.tasks.jobs import several_devices, together
+from sslzoo.tasks.jobs import devices, together
 from sslzoo.tasks.training import refuse_pretraining
 
 SET_HERE = {  # settings of a part that self-training sets itself -> what to type instead
@@ -108,7 +109,7 @@ def trained(config: DictConfig, place: Path, words: Callable[[], list[str]]) -> 
     if not said or asked - set(said.get("also", asked)):
         again = begun.is_file()
         typed = [f"resume={place}", *moved(begun, config)] if again else [*words(), f"run_dir={word(str(place))}"]
-        if several_devices(config):
+        if devices(config) > 1:
             together({place.name: typed}, place.parent / "logs")  # Lightning starts the other ranks itself
         else:
             name = OmegaConf.load(begun).task.name if again else typed[0].removeprefix("task=")
@@ -194,8 +195,18 @@ def initial(config: DictConfig) -> Encoder:
 
 
 def teacher_of(config: DictConfig) -> object:
-    """The settings of a moving teacher that ``config.teacher`` gives a student; None for a fixed one."""
-    return plain(config.teacher) if isinstance(config.teacher, DictConfig) else config.teacher
+    """The settings of a moving teacher that ``config.teacher`` gives a student, by default with its own threshold.
+
+    None for a fixed teacher.
+    """
+    if not isinstance(config.teacher, DictConfig):
+        return config.teacher
+    return {"threshold": config.threshold, **plain(config.teacher)}
+
+
+def tell_moving(images: int) -> None:
+    """The line that stands for the quality of labels that no student will see."""
+    console.print(f"a moving teacher labels all {images} images anew in every step, so these labels name them only")
 
 
 def trained_weights(run_dir: Path) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     method.train()  # after a look in eval mode
     views = first_views(data)
     method.check_views(views)
-    check_strides(config, method.encoder, views)
+    check_strides(config, method.encoder, views, "larger image_size and local_size, or encoder.stem=small")
     accelerator, precision = device(config)
     leave_cores_to_views(accelerator, config)
     named = f"{config.recipe} with encoder.name={config.encoder.name}"

@@ -15,8 +15,9 @@ from sslzoo.tasks.training import resumed, started
 def run(config: DictConfig, overrides: Sequence[str]) -> dict:
     """Train, label, train again: what is there already is not done again; or all cells of ``config.grid``."""
     if config.resume is not None:
+        typed = [word for word in overrides if not word.startswith("resume=")]
         config, _ = resumed(config, overrides)
-        overrides = typed_words(Path(config.run_dir))
+        overrides = [*typed_words(Path(config.run_dir)), *typed]  # of one key the last counts
     kind = kind_of(config)
     check_typed(overrides, kind.GIVEN, kind.INSTEAD)
     if config.grid is not None:

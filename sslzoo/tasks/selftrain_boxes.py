@@ -19,7 +19,7 @@ from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
 from sslzoo.tasks.dense import held_out
 from sslzoo.tasks.joint import jointly
-from sslzoo.tasks.parts import SET_HERE, at_most, enough, teacher_of, trained_weights
+from sslzoo.tasks.parts import SET_HERE, at_most, enough, teacher_of, tell_moving, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, write_summary
 
 SETTINGS = "selftrain"  # its file in conf/task
@@ -114,7 +114,10 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "score_edges": edges.tolist(),
     }
     write_summary(place, summary)
-    tell(summary)
+    if config.teacher is None:
+        tell(summary)
+    else:
+        tell_moving(len(images))
     return summary
 
 

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from sslzoo.config import composed
+from sslzoo.errors import UserError
 from sslzoo.moving_teacher import Moving
 from sslzoo.report.progress import console
 from sslzoo.selftrain import LossBalance
@@ -147,7 +148,11 @@ def check(config: DictConfig, overrides: Sequence[str]) -> int:
     check_numbers(config, ("steps", "looks", "iterations", *jobs, *limit), ("growth", "warmup"))
     check_flags(config, "self_training")
     LossBalance(config.alpha)
-    Moving.asked(teacher_of(config), config.self_training)
+    if Moving.asked(teacher_of(config), config.self_training) and config.iterations > 1:
+        raise UserError(
+            f"iterations={config.iterations} and teacher={config.teacher}: a moving teacher is its student's own, so"
+            " the second student would be the first again; set iterations=1"
+        )
     initial(config)
     teacher = composed(part_words(config, overrides, steps_of(config), config.data.batch_size))
     pl.seed_everything(config.seed, verbose=False)

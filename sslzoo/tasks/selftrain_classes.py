@@ -16,9 +16,10 @@ from sslzoo.data.module import Images, clean_batches
 from sslzoo.data.pseudo_classes import PseudoClasses, quality
 from sslzoo.errors import UserError
 from sslzoo.report.progress import console
+from sslzoo.report.pseudo import confidence_histogram
 from sslzoo.selftrain import confident, equal_classes
 from sslzoo.tasks import finetune
-from sslzoo.tasks.parts import SET_HERE, check_flags, check_numbers, enough, teacher_of
+from sslzoo.tasks.parts import SET_HERE, check_flags, check_numbers, enough, teacher_of, tell_moving
 from sslzoo.tasks.runs import device, write_summary
 
 SETTINGS = "selftrain_classes"  # its file in conf/task
@@ -67,6 +68,8 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     pseudo = PseudoClasses(rows, probabilities, taken)
     place.mkdir(exist_ok=True)
     pseudo.write(place / "labels.npz", whole)
+    histogram, edges = np.histogram(probabilities.max(1), bins=20, range=(0, 1))
+    confidence_histogram(place / "scores.png", histogram, config.threshold)
     counts = {
         name: np.bincount(probabilities[chosen].argmax(1), minlength=len(whole.classes)).tolist()
         for name, chosen in (("confident", sure), ("taken", taken))
@@ -81,9 +84,14 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "per_class": dict(zip(whole.classes, counts["taken"], strict=True)),
         "confident_per_class": dict(zip(whole.classes, counts["confident"], strict=True)),
         **quality(pseudo, whole.labels),
+        "score_counts": histogram.tolist(),
+        "score_edges": edges.tolist(),
     }
     write_summary(place, summary)
-    tell(summary)
+    if config.teacher is None:
+        tell(summary)
+    else:
+        tell_moving(len(rows))
     return summary
 
 

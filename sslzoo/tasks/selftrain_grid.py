@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +138,15 @@ def inits(config: DictConfig) -> dict[str, str]:
                 f"init={init} is another network than init=random, which shows nothing; set {' '.join(differing)}"
             )
         method = encoder.metadata["method"] if init not in ("random", "imagenet") else init
-        named[init] = method if method not in named.values() else f"{method} {Path(init).parent.name}"
+        named[init] = told_apart(method, init, named.values())
     return named
+
+
+def told_apart(method: str, init: str, taken: Collection[str]) -> str:
+    """A name that is not taken: the method's, with as many of the file's folders as that needs."""
+    folders = Path(init).parent.parts
+    longer = ("/".join(folders[-count:]) for count in range(1, len(folders) + 1))
+    return next(name for name in (method, *(f"{method} {each}" for each in longer), init) if name not in taken)
 
 
 def layout(config: DictConfig, named: dict[str, str]) -> Grid:
@@ -311,6 +318,8 @@ def fill(grid: Grid, folders: dict[Place, Path], kind: Kind) -> None:
             grid.runs.setdefault((row, column), []).append(whole)
             student = sorted(folder.glob("student*"), key=lambda path: (len(path.name), path.name))[-1]
             grid.curves.setdefault((row, column), []).append(looks(student, whole["student"]["steps"], kind))
+            control = looks(folder / "control", whole["control"]["steps"], kind)
+            grid.control_curves.setdefault((row, column), []).append(control)
 
 
 def looks(run_dir: Path, steps: int, kind: Kind) -> list[tuple[int, int, float]]:

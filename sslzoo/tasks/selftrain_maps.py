@@ -24,7 +24,7 @@ from sslzoo.report.pseudo import confidence_histogram
 from sslzoo.selftrain import check_probability
 from sslzoo.tasks import segment
 from sslzoo.tasks.dense import held_out
-from sslzoo.tasks.parts import SET_HERE, at_most, check_flags, enough, teacher_of, trained_weights
+from sslzoo.tasks.parts import SET_HERE, at_most, check_flags, enough, teacher_of, tell_moving, trained_weights
 from sslzoo.tasks.runs import backbone_and_config, device, write_summary
 
 SETTINGS = "selftrain_maps"  # its file in conf/task
@@ -113,7 +113,10 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "score_edges": np.linspace(0, 1, BINS + 1).tolist(),
     }
     write_summary(place, summary)
-    tell(summary)
+    if config.teacher is None:
+        tell(summary)
+    else:
+        tell_moving(len(images))
     return summary
 
 

@@ -72,13 +72,14 @@ def fit(
 
 
 @torch.no_grad()
-def check_strides(config: DictConfig, encoder: Encoder, views: Sequence[Tensor]) -> None:
+def check_strides(config: DictConfig, encoder: Encoder, views: Sequence[Tensor], instead: str) -> None:
     """Refuse, by UserError, views so small that bfloat16 on a CPU gives wrong gradients, see ``one_pixel_strides``.
 
     Args:
         config: says where and in which precision the encoder is trained.
         encoder: in training mode from here on.
         views: ``(b, 3, S, S)`` each, normalised.
+        instead: what may be set beside another precision.
     """
     accelerator, precision = device(config)
     if accelerator != "cpu" or not precision.startswith("bf16"):
@@ -89,8 +90,8 @@ def check_strides(config: DictConfig, encoder: Encoder, views: Sequence[Tensor])
         if wrong:
             raise UserError(
                 f"views of {x.shape[-1]} pixels reach {wrong[0].removeprefix('net.')} of the encoder as single pixels,"
-                " whose gradients torch computes wrongly in bfloat16 on a CPU; set trainer.precision=32-true, larger"
-                " image_size and local_size, or encoder.stem=small"
+                " whose gradients torch computes wrongly in bfloat16 on a CPU; set trainer.precision=32-true,"
+                f" {instead}"
             )
     encoder.train()
 
