@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runs import archive, in_this_process
+from runs import archive, checkpoint_of, in_this_process
 from selftraining import PARTS, assert_parts, assert_resumes, summary_of
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
@@ -119,6 +119,28 @@ def test_a_teacher_that_is_never_sure_gets_one_clear_line(tmp_path, root, capsys
     assert not (run_dir / "pseudo").exists()
     assert not (run_dir / "student").exists()
     assert (run_dir / "teacher" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_student_may_be_another_network_and_its_control_is_the_same(tmp_path, root):
+    larger = "student={encoder: {width: 0.25}}"
+    words = [each for each in command(root) if not each.startswith(("steps", "threshold"))]
+    summary = run([*words, "steps=2", "threshold=0.0", "iterations=2", larger, f"run_dir={tmp_path / 'run'}"])
+    size = {}
+    for part in ("teacher", "student", "student_2", "control"):
+        weights = checkpoint_of(tmp_path / "run" / part)["state_dict"]
+        size[part] = next(value.shape for name, value in weights.items() if name.endswith("layer1.0.conv1.weight"))
+    assert size["teacher"] < size["student"] == size["student_2"] == size["control"]
+    assert summary["student"]["start"] == summary["control"]["start"] != summary["supervised"]["start"]
+
+
+@pytest.mark.parametrize("student", ["resnet18", "{width: 0.5}", "{}"])
+def test_a_student_that_is_no_network_is_refused(tmp_path, root, capsys, student):
+    assert main([*command(root), f"student={student}", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "names no network; give {init: B} or {encoder: {name: resnet18}}" in capsys.readouterr().err
+    assert main([*command(root), "student={encoder: {name: resnet7}}", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "resnet7" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # Its parts as runs of their own

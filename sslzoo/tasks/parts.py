@@ -39,7 +39,9 @@ Train = Callable[[Path, int, Path | None], dict]  # of a folder, steps and a fol
 Label = Callable[[Path, Path], dict]  # of a teacher's folder and one for its labels: what is said of them
 
 
-def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label: Label, score: str) -> dict:
+def students(
+    run_dir: Path, teacher: dict, iterations: int, train: Train, label: Label, score: str, alike: bool = True
+) -> dict:
     """What follows a teacher: pseudo-labels and a student, perhaps several times, and a control.
 
     The control learns from people's labels alone, from as many images as the student.
@@ -51,6 +53,7 @@ def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label:
         train: makes a part unless it is there.
         label: makes pseudo-labels; not called where they are.
         score: name of the score in the parts' summaries.
+        alike: whether student and teacher are one network; else student and control are.
 
     Returns:
         Summaries of the last ``student``, its ``control`` and ``pseudo``-labels, and the student's gains over teacher
@@ -64,9 +67,9 @@ def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label:
         found = json.loads(told.read_text()) if told.is_file() else label(source, labels)
         source = run_dir / f"student{ending}"
         student = train(source, steps, labels)
-        if student["start"] != teacher["start"]:
-            raise RuntimeError(f"{source} did not start from the weights that {run_dir / 'teacher'} started from")
+        check_start(source, student, run_dir / "teacher", teacher if alike else student)
     control = train(run_dir / "control", steps * student["images_seen"] // teacher["images_seen"], None)
+    check_start(run_dir / "control", control, source, student)
     return {
         "student": student,
         "control": control,
@@ -74,6 +77,12 @@ def students(run_dir: Path, teacher: dict, iterations: int, train: Train, label:
         "gain_at_equal_steps": student[score] - teacher[score],
         "gain_at_equal_images": student[score] - control[score],
     }
+
+
+def check_start(place: Path, part: dict, other_place: Path, other: dict) -> None:
+    """Two parts, by their summaries, must have begun with the same weights."""
+    if part["start"] != other["start"]:
+        raise RuntimeError(f"{place} did not start from the weights that {other_place} started from")
 
 
 def outcome(name: str, supervised: float, summary: Mapping, score: str) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
-from sslzoo.config import composed
+from sslzoo.config import composed, keys_of
 from sslzoo.errors import UserError
 from sslzoo.moving_teacher import Moving
 from sslzoo.report.progress import console
@@ -94,7 +94,8 @@ def cell(config: DictConfig, overrides: Sequence[str], run_dir: Path, images: in
     }
     summary[kind.SCORE] = teacher[kind.PART_SCORE]
     if config.self_training or (run_dir / "student" / "summary.json").is_file():
-        found = students(run_dir, teacher, config.iterations, train, partial(kind.labelled, config), kind.PART_SCORE)
+        label, alike = partial(kind.labelled, config), not network_of_student(config)
+        found = students(run_dir, teacher, config.iterations, train, label, kind.PART_SCORE, alike)
         student, control = kind.told(found["student"]), kind.told(found["control"])
         summary |= found | {kind.SCORE: student[kind.SCORE], "student": student, "control": control}
     summary |= provenance(config, overrides)
@@ -113,11 +114,17 @@ def part(
     config: DictConfig, overrides: Sequence[str], images: int, place: Path, steps: int, pseudo: Path | None
 ) -> dict:
     """The summary of the part in ``place``, see ``trained``; ``pseudo`` is a folder of pseudo-labels."""
-    return trained(config, place, lambda: part_words(config, overrides, steps, images, pseudo))
+    student = place.name != "teacher"  # the control is one too, of people alone
+    return trained(config, place, lambda: part_words(config, overrides, steps, images, pseudo, student))
 
 
 def part_words(
-    config: DictConfig, overrides: Sequence[str], steps: int, images: int, pseudo: Path | None = None
+    config: DictConfig,
+    overrides: Sequence[str],
+    steps: int,
+    images: int,
+    pseudo: Path | None = None,
+    student: bool = False,
 ) -> list[str]:
     """What to type for one part as a run of its own, ``task=detect ...``: all that differs from what it would take.
 
@@ -127,6 +134,7 @@ def part_words(
         steps: of the optimizer.
         images: labelled ones.
         pseudo: a folder of pseudo-labels.
+        student: whether the part has the student's network, where that is another than the teacher's.
     """
     kind, an_epoch = kind_of(config), max(1, images // config.data.batch_size)
     learned = {"pseudo": None} if pseudo is None else kind.learned(config, pseudo)
@@ -137,8 +145,24 @@ def part_words(
         "task.optim.warmup_epochs": config.warmup * steps / an_epoch,
         "trainer.max_steps": steps,
         "trainer.max_epochs": -1,
+        **(network_of_student(config) if student else {}),
     }
     return words_of(config.trains, config, overrides, own_settings(kind.SETTINGS), given)
+
+
+def network_of_student(config: DictConfig) -> dict[str, object]:
+    """Settings of a part with another network than the teacher's, as ``config.student`` names it; mostly none.
+
+    Raises:
+        UserError: if it names something else.
+    """
+    said = config.get("student")
+    if said is None:
+        return {}
+    named = keys_of(said) if isinstance(said, DictConfig) else {"": said}
+    if not named or any(key != "init" and not key.startswith("encoder.") for key in named):
+        raise UserError(f"student={said} names no network; give {{init: B}} or {{encoder: {{name: resnet18}}}}")
+    return {"backbone" if key == "init" else key: value for key, value in named.items()}
 
 
 def check(config: DictConfig, overrides: Sequence[str]) -> int:
@@ -156,7 +180,11 @@ def check(config: DictConfig, overrides: Sequence[str]) -> int:
     initial(config)
     teacher = composed(part_words(config, overrides, steps_of(config), config.data.batch_size))
     pl.seed_everything(config.seed, verbose=False)
-    return kind_of(config).check(config, OmegaConf.merge(teacher, {}))
+    images = kind_of(config).check(config, OmegaConf.merge(teacher, {}))
+    if network_of_student(config):
+        student = composed(part_words(config, overrides, steps_of(config), config.data.batch_size, student=True))
+        kind_of(config).check(config, OmegaConf.merge(student, {}))
+    return images
 
 
 def report(kind: Kind, summary: dict, run_dir: Path) -> None:
