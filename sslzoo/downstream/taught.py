@@ -83,7 +83,7 @@ class TaughtSegmentation(TaughtStudent):
     @torch.no_grad()
     def drawn_of(self, clean: Tensor, outside: Tensor) -> Tensor:
         """The teacher's class maps of ``(B, 3, S, S)`` uint8: ``(B, S, S)`` uint8, 255 where unsure or ``outside``."""
-        maps = class_map(self.teacher(unit_range(clean)).float().softmax(1), self.teacher.moving.threshold)
+        maps = class_map(full(self.teacher(unit_range(clean))).softmax(1), self.teacher.moving.threshold)
         maps = maps.masked_fill(outside, IGNORE)
         self.teacher.count((maps != IGNORE).sum(), (~outside).sum())
         return maps
