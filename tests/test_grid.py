@@ -165,28 +165,6 @@ def test_what_cells_were_made_of_is_said_and_what_is_missing_left_out(fraction):
     assert "precision" not in made
 
 
-@pytest.mark.parametrize(
-    ("found", "line"),
-    [
-        ("pseudo_boxes", "pseudo-boxes an image | 0.75 |"),
-        ("pseudo_pixels", "pixels with a pseudo-label | 75% |"),
-        ("pseudo_images", "images with a pseudo-label | 75% |"),
-    ],
-)
-def test_of_a_moving_teacher_its_own_labels_are_told_and_not_those_it_began_with(fraction, found, line):
-    part = {"steps": 500, "images_seen": 8000}
-    pseudo = {"boxes_per_image": 1.2, "labelled_pixels": 0.2, "share": 0.2, "threshold": 0.5, "images": 800,
-              "empty": 0.25, "precision": 0.1, "recall": 0.1, "right": 0.1}  # fmt: skip
-    student = {**part, "teacher": {"decay": 0.99, "burn_in": 0.2, "threshold": 0.7, found: 0.75}}
-    about = {"labelled_images": 200, "supervised": part, "student": student, "control": part, "pseudo": pseudo}
-    fraction.runs[SELF, TWENTY] = [about]
-    made = markdown(fraction).split("## What the cells were made of")[1].split("##")[0]
-    told = [row.split(": ")[1] for row in made.splitlines() if row.startswith("| random + self-training: ")]
-    assert f"{line}  |" in told
-    assert "threshold | 0.70 |  |" in told
-    assert not [row for row in told if row.split(" | ")[1] in ("1.20", "20%", "25%", "0.10", "10%")]
-
-
 def test_a_cell_that_failed_says_so_and_the_others_stay():
     grid = filled("fraction", (RANDOM,), (TWENTY, ALL), [[(30,), (40,)]])
     grid.rows.append(SELF)

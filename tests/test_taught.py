@@ -1,5 +1,6 @@
 """What a moving teacher labels, masks, pixels and images, and what its student learns from that."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch.nn import functional as F
 from boxed import rectangles, write_coco
 from conftest import on_ranks
 from runs import Killed, archive, checkpoint_of, dies_in
+from selftraining import summary_of
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
+from sslzoo.checkpoints.classifier import load_tuned
 from sslzoo.config import composed
 from sslzoo.data.box_module import BoxBatch
 from sslzoo.data.box_set import IGNORE
@@ -31,7 +34,7 @@ from sslzoo.moving_teacher import Moving, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.selftrain import LossBalance
-from sslzoo.tasks.parts import teacher_of, trained_weights
+from sslzoo.tasks.parts import averaged_weights, teacher_of, trained_weights
 from sslzoo.views.draw import key
 
 OPTIM = Optim(lr=0.01, lr_per=None)
@@ -364,9 +367,33 @@ def test_self_training_by_a_moving_teacher_is_resumed_to_the_bit_and_needs_no_su
     assert summary["student"]["images_seen"] == 5 * 8 - 2 * 4  # two steps are burn-in
     rows = read_rows(tmp_path / "whole" / "student" / "metrics.csv")
     assert told[f"pseudo_{named}"] == [row for row in rows if f"pseudo_{named}" in row][-1][f"pseudo_{named}"]
-    learner = trained_weights(tmp_path / "whole" / "student")  # from which the next iteration labels
+    learner = trained_weights(tmp_path / "whole" / "student")
     assert learner
     assert all(torch.equal(value, states[0][f"learner.{name}"]) for name, value in learner.items())
+    pseudo = summary["pseudo"]  # of the moving teacher, not of the fixed one that was sure of nothing
+    assert pseudo == resumed["pseudo"] == summary_of(tmp_path / "whole" / "pseudo_moving")
+    assert pseudo["threshold"] == told["threshold"] != summary_of(tmp_path / "whole" / "pseudo")["threshold"] == 0.99
+    assert pseudo["judged_images"] > 0
+    assert pseudo[{"boxes": "boxes", "pixels": "labelled_pixels", "images": "share"}[named]] > 0
+
+
+def test_the_moving_teachers_labels_are_those_of_its_own_weights(tmp_path, root, noisy, monkeypatch):
+    words = [word for word in selftraining("images", root, noisy) if not word.startswith(("steps", "teacher"))]
+    run([*words, "steps=4", "teacher={decay: 0.9, burn_in: 0.25, threshold: 0.2}", f"run_dir={tmp_path / 'run'}"])
+    state = checkpoint_of(tmp_path / "run" / "student")["state_dict"]
+    found = averaged_weights(tmp_path / "run" / "student")
+    assert [len(part) > 0 for part in found] == [True, False, True]
+    assert torch.equal(found[2]["weight"], state["teacher.average.copies.2.weight"])
+    assert not torch.equal(found[2]["weight"], state["learner.classifier.weight"])
+    network = load_tuned(tmp_path / "run" / "student")
+    network.encoder.load_state_dict(found[0])
+    network.classifier.load_state_dict(found[2])
+    with np.load(tmp_path / "run" / "pseudo_moving" / "labels.npz") as told, np.load(noisy) as images:
+        rows, probabilities = told["rows"], told["probabilities"]
+        pixels = torch.from_numpy(images["train_images"][rows]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(network.encoder.metadata[key])[:, None, None] for key in ("mean", "std"))
+    expected = network((pixels - mean) / std).softmax(1).detach().numpy()
+    np.testing.assert_allclose(probabilities, expected, atol=1e-3)
 
 
 def test_a_moving_teacher_of_pixels_is_given_all_images_to_label(tmp_path, root, noisy):

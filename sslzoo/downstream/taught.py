@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sslzoo.checkpoints.classifier import Tuned
 from sslzoo.data.box_module import BoxBatch
 from sslzoo.data.box_set import IGNORE
 from sslzoo.dist import all_sum, world
@@ -94,6 +95,11 @@ class TaughtSegmentation(TaughtStudent):
         return self.learner.loss(BoxBatch(batch.images, targets, batch.index))
 
 
+def followed(network: Finetune | Tuned) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The parts of a classifier that its moving teacher is a copy of."""
+    return network.encoder, network.projector, network.classifier
+
+
 class TaughtFinetune(TaughtStudent):
     """A classifier that learns the classes of the images whose class its teacher is sure of.
 
@@ -113,7 +119,7 @@ class TaughtFinetune(TaughtStudent):
 
     @property
     def followed(self) -> tuple[nn.Module, ...]:
-        return self.learner.encoder, self.learner.projector, self.learner.classifier
+        return followed(self.learner)
 
     def pseudo_loss(self, batch: Batch) -> Tensor:
         """The mean over the images of all ranks whose most probable class reaches the threshold."""

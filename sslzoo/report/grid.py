@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -242,16 +242,6 @@ def _lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines]) + "\n"
 
 
-def _of_labels(fixed: str, moving: str = "") -> Callable[[dict], float]:
-    """What is said of the pseudo-labels that a student learned from, by its name for either kind of teacher."""
-
-    def found(run: dict) -> float:
-        teacher = run["student"].get("teacher")
-        return teacher[moving] if teacher else run["pseudo"][fixed]
-
-    return found
-
-
 COSTS = (
     ("labelled images", lambda run: run["labelled_images"], "{:.0f}"),
     ("steps, supervised", lambda run: run["supervised"]["steps"], "{:.0f}"),
@@ -259,16 +249,16 @@ COSTS = (
     ("images seen, supervised", lambda run: run["supervised"]["images_seen"], "{:.0f}"),
     ("images seen, student", lambda run: run["student"]["images_seen"], "{:.0f}"),
     ("images seen, control", lambda run: run["control"]["images_seen"], "{:.0f}"),
-    ("pseudo-boxes an image", _of_labels("boxes_per_image", "pseudo_boxes"), "{:.2f}"),
+    ("pseudo-boxes an image", lambda run: run["pseudo"]["boxes_per_image"], "{:.2f}"),
     ("labelled boxes an image", lambda run: run["pseudo"]["labelled_boxes_per_image"], "{:.2f}"),
-    ("threshold", _of_labels("threshold", "threshold"), "{:.2f}"),
+    ("threshold", lambda run: run["pseudo"]["threshold"], "{:.2f}"),
     ("images labelled", lambda run: run["pseudo"]["images"], "{:.0f}"),
-    ("images without a pseudo-box", _of_labels("empty"), "{:.0%}"),
-    ("precision of pseudo-boxes", _of_labels("precision"), "{:.2f}"),
-    ("recall of pseudo-labels", _of_labels("recall"), "{:.2f}"),
-    ("pixels with a pseudo-label", _of_labels("labelled_pixels", "pseudo_pixels"), "{:.0%}"),
-    ("images with a pseudo-label", _of_labels("share", "pseudo_images"), "{:.0%}"),
-    ("pseudo-labels that are right", _of_labels("right"), "{:.0%}"),
+    ("images without a pseudo-box", lambda run: run["pseudo"]["empty"], "{:.0%}"),
+    ("precision of pseudo-boxes", lambda run: run["pseudo"]["precision"], "{:.2f}"),
+    ("recall of pseudo-labels", lambda run: run["pseudo"]["recall"], "{:.2f}"),
+    ("pixels with a pseudo-label", lambda run: run["pseudo"]["labelled_pixels"], "{:.0%}"),
+    ("images with a pseudo-label", lambda run: run["pseudo"]["share"], "{:.0%}"),
+    ("pseudo-labels that are right", lambda run: run["pseudo"]["right"], "{:.0%}"),
 )
 
 

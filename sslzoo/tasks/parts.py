@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,8 +64,7 @@ def students(
     for turn in range(1, iterations + 1):
         ending = f"_{turn}" if turn > 1 else ""
         labels = run_dir / f"pseudo{ending}"
-        told = labels / "summary.json"
-        found = json.loads(told.read_text()) if told.is_file() else label(source, labels)
+        found = made_once(labels, partial(label, source))
         source = run_dir / f"student{ending}"
         student = train(source, steps, labels)
         check_start(source, student, run_dir / "teacher", teacher if alike else student)
@@ -77,6 +77,12 @@ def students(
         "gain_at_equal_steps": student[score] - teacher[score],
         "gain_at_equal_images": student[score] - control[score],
     }
+
+
+def made_once(place: Path, make: Callable[[Path], dict]) -> dict:
+    """What ``make`` says of what it makes in ``place``, unless that is there already."""
+    said = place / "summary.json"
+    return json.loads(said.read_text()) if said.is_file() else make(place)
 
 
 def check_start(place: Path, part: dict, other_place: Path, other: dict) -> None:
@@ -213,6 +219,18 @@ def teacher_of(config: DictConfig) -> object:
     return {"threshold": config.threshold, **plain(config.teacher)}
 
 
+def how_sure(config: DictConfig, averaged: bool) -> tuple[float | str, bool]:
+    """The threshold of a labelling, and whether a moving teacher labels all of these images anew.
+
+    Args:
+        config: of self-training.
+        averaged: whether it is the moving teacher's labelling.
+    """
+    if averaged:
+        return teacher_of(config)["threshold"], False
+    return config.threshold, config.teacher is not None
+
+
 def tell_moving(images: int) -> None:
     """The line that stands for the quality of labels that no student will see."""
     console.print(f"a moving teacher labels all {images} images anew in every step, so these labels name them only")
@@ -224,6 +242,18 @@ def trained_weights(run_dir: Path) -> dict[str, Tensor]:
     while any(name.startswith("learner.") for name in state):  # of a student, of joint training, or of both
         state = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
     return state
+
+
+def averaged_weights(run_dir: Path) -> list[dict[str, Tensor]]:
+    """The weights of the moving teacher in a student's checkpoint: of each module that it follows, perhaps none."""
+    state = torch.load(run_dir / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        _, copy, rest = name.rpartition("teacher.average.copies.")
+        if copy:
+            place, _, own = rest.partition(".")
+            found.setdefault(int(place), {})[own] = value
+    return [found.get(place, {}) for place in range(max(found) + 1)]
 
 
 Set = TypeVar("Set", BoxSet, Cityscapes)

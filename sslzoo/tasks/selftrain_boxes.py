@@ -19,7 +19,16 @@ from sslzoo.selftrain import MATCH_DENSITY, check_threshold, select
 from sslzoo.tasks import detect
 from sslzoo.tasks.dense import held_out
 from sslzoo.tasks.joint import jointly
-from sslzoo.tasks.parts import SET_HERE, at_most, enough, teacher_of, tell_moving, trained_weights
+from sslzoo.tasks.parts import (
+    SET_HERE,
+    at_most,
+    averaged_weights,
+    enough,
+    how_sure,
+    teacher_of,
+    tell_moving,
+    trained_weights,
+)
 from sslzoo.tasks.runs import backbone_and_config, write_summary
 
 SETTINGS = "selftrain"  # its file in conf/task
@@ -61,22 +70,29 @@ def told(part: dict) -> dict:
     return {name: part.get(name) for name in names}
 
 
-def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
+def labelled(config: DictConfig, teacher: Path, place: Path, averaged: bool = False) -> dict:
     """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are.
+
+    Args:
+        config: of self-training.
+        averaged: label with the moving teacher of that run instead, at its end.
 
     Raises:
         UserError: if too few images have a box for one batch.
     """
     train, _ = detect.load_sets(config, detect.with_masks(config))
+    threshold, anew = how_sure(config, averaged)
     learner = load_learner(teacher, len(train.classes))
+    if averaged:
+        learner.detector.load_state_dict(averaged_weights(teacher)[0])
     images = unlabelled(config)
     console.print(f"labelling {len(images)} images of {images.name} with {teacher}")
     found = predict(learner, images)
     density = float((~train.crowd).sum()) / len(train)
-    pseudo = select(images, found, config.threshold, density)
+    pseudo = select(images, found, threshold, density)
     scores = np.concatenate([each["scores"].double().numpy() for each in found])
     usable = len(pseudo.with_boxes())
-    if usable < config.data.batch_size and config.teacher is None:  # a moving teacher labels anew
+    if usable < config.data.batch_size and config.teacher is None:
         best = f"the best score is {scores.max():.2f}" if len(scores) else "nothing was found at all"
         raise UserError(
             f"only {usable} of {len(images)} unlabelled images have a box of score {pseudo.threshold:.3g} or more, and"
@@ -101,23 +117,23 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     counts, edges = np.histogram(scores, bins=20, range=(0, 1))
     summary = {
         "threshold": pseudo.threshold,
-        "asked": config.threshold,
+        "asked": threshold,
         "images": len(images),
         "images_with_boxes": usable,
         "boxes": len(pseudo.scores),
         "boxes_per_image": pseudo.density,
         "labelled_boxes_per_image": density,
         "empty": pseudo.empty,
-        "low_density": config.teacher is None and pseudo.density < density / 2,
+        "low_density": not anew and pseudo.density < density / 2,
         **quality(pseudo, truth),
         "score_counts": counts.tolist(),
         "score_edges": edges.tolist(),
     }
     write_summary(place, summary)
-    if config.teacher is None:
-        tell(summary)
-    else:
+    if anew:
         tell_moving(len(images))
+    else:
+        tell(summary)
     return summary
 
 

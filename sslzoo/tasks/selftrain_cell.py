@@ -19,6 +19,7 @@ from sslzoo.tasks.parts import (
     check_numbers,
     initial,
     initial_name,
+    made_once,
     outcome,
     own_settings,
     students,
@@ -52,8 +53,8 @@ class Kind(Protocol):
         """Refuse, by UserError, what the teacher's ``part`` could not do; returns the number of labelled images."""
 
     @staticmethod
-    def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
-        """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are."""
+    def labelled(config: DictConfig, teacher: Path, place: Path, averaged: bool = False) -> dict:
+        """Make pseudo-labels in ``place`` with the run ``teacher``, or its moving teacher, and say what they are."""
 
     @staticmethod
     def learned(config: DictConfig, place: Path) -> dict:
@@ -96,6 +97,9 @@ def cell(config: DictConfig, overrides: Sequence[str], run_dir: Path, images: in
     if config.self_training or (run_dir / "student" / "summary.json").is_file():
         label, alike = partial(kind.labelled, config), not network_of_student(config)
         found = students(run_dir, teacher, config.iterations, train, label, kind.PART_SCORE, alike)
+        if config.teacher is not None:  # what it says at its end stands for what the student has learned from
+            label = partial(kind.labelled, config, run_dir / "student", averaged=True)
+            found["pseudo"] = made_once(run_dir / "pseudo_moving", label)
         student, control = kind.told(found["student"]), kind.told(found["control"])
         summary |= found | {kind.SCORE: student[kind.SCORE], "student": student, "control": control}
     summary |= provenance(config, overrides)

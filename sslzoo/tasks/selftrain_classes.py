@@ -14,12 +14,22 @@ from sslzoo.checkpoints.classifier import load_tuned
 from sslzoo.data.images import NAMES, ImageSet
 from sslzoo.data.module import Images, clean_batches
 from sslzoo.data.pseudo_classes import PseudoClasses, quality
+from sslzoo.downstream.taught import followed
 from sslzoo.errors import UserError
 from sslzoo.report.progress import console
 from sslzoo.report.pseudo import confidence_histogram
 from sslzoo.selftrain import confident, equal_classes
 from sslzoo.tasks import finetune
-from sslzoo.tasks.parts import SET_HERE, check_flags, check_numbers, enough, teacher_of, tell_moving
+from sslzoo.tasks.parts import (
+    SET_HERE,
+    averaged_weights,
+    check_flags,
+    check_numbers,
+    enough,
+    how_sure,
+    teacher_of,
+    tell_moving,
+)
 from sslzoo.tasks.runs import device, write_summary
 
 SETTINGS = "selftrain_classes"  # its file in conf/task
@@ -45,8 +55,12 @@ def told(part: dict) -> dict:
 # The part that labels
 
 
-def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
+def labelled(config: DictConfig, teacher: Path, place: Path, averaged: bool = False) -> dict:
     """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are.
+
+    Args:
+        config: of self-training.
+        averaged: label with the moving teacher of that run instead, at its end.
 
     Raises:
         UserError: if too few images are named surely enough for one batch.
@@ -55,12 +69,16 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     whole = seen.whole
     rows = unlabelled(whole, seen.rows)
     console.print(f"labelling {len(rows)} images of {whole.name} with {teacher}")
+    threshold, anew = how_sure(config, averaged)
     network = load_tuned(teacher).to(device(config)[0])
+    if averaged:
+        for part, weights in zip(followed(network), averaged_weights(teacher), strict=True):
+            part.load_state_dict(weights)
     rows, probabilities = answers(network, whole, seen.data, rows)
-    sure = confident(probabilities, config.threshold)
-    if len(sure) < config.data.batch_size and config.teacher is None:  # a moving teacher labels all of them anew
+    sure = confident(probabilities, threshold)
+    if len(sure) < config.data.batch_size and config.teacher is None:
         raise UserError(
-            f"only {len(sure)} of {len(rows)} unlabelled images have a class of probability {config.threshold:g} or"
+            f"only {len(sure)} of {len(rows)} unlabelled images have a class of probability {threshold:g} or"
             f" more, and a batch takes {config.data.batch_size} (the best has {probabilities.max(initial=0):.2f}): the"
             " teacher is too unsure; set a lower threshold, or train longer with steps="
         )
@@ -69,13 +87,13 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     place.mkdir(exist_ok=True)
     pseudo.write(place / "labels.npz", whole)
     histogram, edges = np.histogram(probabilities.max(1), bins=20, range=(0, 1))
-    confidence_histogram(place / "scores.png", histogram, config.threshold)
+    confidence_histogram(place / "scores.png", histogram, threshold)
     counts = {
         name: np.bincount(probabilities[chosen].argmax(1), minlength=len(whole.classes)).tolist()
         for name, chosen in (("confident", sure), ("taken", taken))
     }
     summary = {
-        "threshold": config.threshold,
+        "threshold": threshold,
         "soft": config.soft,
         "images": len(rows),
         "confident_images": len(sure),
@@ -88,10 +106,10 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "score_edges": edges.tolist(),
     }
     write_summary(place, summary)
-    if config.teacher is None:
-        tell(summary)
-    else:
+    if anew:
         tell_moving(len(rows))
+    else:
+        tell(summary)
     return summary
 
 

@@ -24,7 +24,17 @@ from sslzoo.report.pseudo import confidence_histogram
 from sslzoo.selftrain import check_probability
 from sslzoo.tasks import segment
 from sslzoo.tasks.dense import held_out
-from sslzoo.tasks.parts import SET_HERE, at_most, check_flags, enough, teacher_of, tell_moving, trained_weights
+from sslzoo.tasks.parts import (
+    SET_HERE,
+    at_most,
+    averaged_weights,
+    check_flags,
+    enough,
+    how_sure,
+    teacher_of,
+    tell_moving,
+    trained_weights,
+)
 from sslzoo.tasks.runs import backbone_and_config, device, write_summary
 
 SETTINGS = "selftrain_maps"  # its file in conf/task
@@ -68,8 +78,12 @@ def told(part: dict) -> dict:
     return {name: part.get(name) for name in names}
 
 
-def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
+def labelled(config: DictConfig, teacher: Path, place: Path, averaged: bool = False) -> dict:
     """Make pseudo-labels in ``place`` with the run ``teacher``, and say what they are.
+
+    Args:
+        config: of self-training.
+        averaged: label with the moving teacher of that run instead, at its end.
 
     Raises:
         UserError: if too few images have a pixel that the teacher is sure of for one batch.
@@ -77,32 +91,35 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
     images = unlabelled(config)
     truth = held_back_maps(plain(config.data), config.seed)
     console.print(f"labelling {len(images)} images of {images.name} with {teacher}")
+    threshold, anew = how_sure(config, averaged)
     learner = load_learner(teacher, len(images.map_classes)).to(device(config)[0])
+    if averaged:
+        learner.segmenter.load_state_dict(averaged_weights(teacher)[0])
     (place / "maps").mkdir(parents=True, exist_ok=True)
     histogram, counts = torch.zeros(BINS, dtype=torch.long), torch.zeros(IGNORE + 1, dtype=torch.long)
     usable = 0
     for name, picture in zip(images.image_ids, clean_pictures(images, np.arange(len(images))), strict=True):
         said = probabilities(learner, picture, list(config.teacher_scales), config.teacher_flip)
-        found = class_map(said, config.threshold).cpu()
+        found = class_map(said, threshold).cpu()
         histogram += said.amax(0).float().cpu().histc(BINS, 0, 1).long()
         counts += found.flatten().long().bincount(minlength=len(counts))
         sure = bool((found != IGNORE).any())
         usable += sure
-        if sure or config.teacher is not None:  # a moving teacher labels all of them anew
+        if sure or anew:
             write_map(place / "maps" / f"{name}.png", found)
     if usable < config.data.batch_size and config.teacher is None:
         raise UserError(
-            f"only {usable} of {len(images)} unlabelled images have a pixel of probability {config.threshold:g} or"
+            f"only {usable} of {len(images)} unlabelled images have a pixel of probability {threshold:g} or"
             f" more, and a batch takes {config.data.batch_size}: the teacher is too unsure; set a lower threshold, or"
             " train longer with steps="
         )
     maps = PseudoMaps.read(place / "maps", images)
-    confidence_histogram(place / "scores.png", histogram.numpy(), config.threshold)
+    confidence_histogram(place / "scores.png", histogram.numpy(), threshold)
     title = f"pseudo-labels of {images.name}, init {config.init}, {config.label_fraction:.0%} of the labels"
     picture_some(place / "maps.png", maps, truth, title)
     shares = (counts / counts.sum()).tolist()
     summary = {
-        "threshold": config.threshold,
+        "threshold": threshold,
         "images": len(images),
         "images_with_pixels": usable,
         "labelled_pixels": 1 - shares[IGNORE],
@@ -113,10 +130,10 @@ def labelled(config: DictConfig, teacher: Path, place: Path) -> dict:
         "score_edges": np.linspace(0, 1, BINS + 1).tolist(),
     }
     write_summary(place, summary)
-    if config.teacher is None:
-        tell(summary)
-    else:
+    if anew:
         tell_moving(len(images))
+    else:
+        tell(summary)
     return summary
 
 
