@@ -2,10 +2,13 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -102,16 +105,21 @@ class Killed(Exception):
     """What ends a run in the middle."""
 
 
-def dies_in(part: Path, step: int):
-    """``Metrics.on_train_batch_start`` of a process that is killed before a step of the run in the folder ``part``."""
+@contextmanager
+def killed_before(step: int, part: Path | None = None) -> Iterator[None]:
+    """What runs inside is killed before an optimizer step; where a run has parts, in that of the folder ``part``."""
     original = Metrics.on_train_batch_start
 
     def die(self, trainer, *rest):
-        if trainer.global_step == step and part.is_dir() and not (part / "summary.json").is_file():
+        there = part is None or (part.is_dir() and not (part / "summary.json").is_file())
+        if trainer.global_step == step and there:
             raise Killed
         original(self, trainer, *rest)
 
-    return die
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "on_train_batch_start", die)
+        with pytest.raises(Killed):
+            yield
 
 
 def in_this_process(commands, logs, jobs, tick):

@@ -4,12 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
+from torch import Tensor
 
-from runs import Killed, checkpoint_of, dies_in
+from runs import checkpoint_of, killed_before
 from sslzoo.__main__ import run
-from sslzoo.monitor import Metrics
+from sslzoo.data.mixed import MixedBatch
+from sslzoo.dist import all_mean
+from sslzoo.moving_teacher import TaughtStudent
 
 PARTS = ("teacher", "student", "control")
 
@@ -40,14 +42,12 @@ def assert_parts(run_dir: Path, summary: dict, score: str, steps: int, images: i
 
 
 def assert_resumes(
-    words: Sequence[str], finished: tuple[Path, dict], run_dir: Path, part: str, step: int, monkeypatch, score: str
+    words: Sequence[str], finished: tuple[Path, dict], run_dir: Path, part: str, step: int, score: str
 ) -> None:
     """A run killed before ``step`` of ``part``, and resumed, is ``finished``, and trained no part twice."""
     unbroken, summary = finished
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", dies_in(run_dir / part, step))
-        with pytest.raises(Killed):
-            run([*words, f"run_dir={run_dir}"])
+    with killed_before(step, run_dir / part):
+        run([*words, f"run_dir={run_dir}"])
     assert not (run_dir / "control").exists()
     teacher = (run_dir / "teacher" / "last.ckpt").stat().st_mtime_ns
     resumed = run([f"resume={run_dir}"])
@@ -57,3 +57,18 @@ def assert_resumes(
         assert all(torch.equal(value, other[key]) for key, value in one.items()), name
     for key in (score, "gain_at_equal_steps", "gain_at_equal_images", "pseudo"):
         assert resumed[key] == summary[key], key
+
+
+def taught_steps(module: TaughtStudent, batches: Sequence[MixedBatch], lr: float = 0.1) -> dict[str, Tensor]:
+    """The state after steps as the trainer takes them, gradients averaged over ranks."""
+    learned = [p for p in module.learner.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learned, lr=lr)
+    for step, batch in enumerate(batches):
+        module.step = step
+        optimizer.zero_grad()
+        module.loss(batch).backward()
+        for p in learned:
+            p.grad = None if p.grad is None else all_mean(p.grad)
+        optimizer.step()
+        module.after_step()
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

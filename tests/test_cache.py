@@ -200,7 +200,7 @@ def test_a_damaged_entry_is_made_again(tmp_path, encoder):
     assert encoder.seen == 48
 
 
-def test_what_breaks_off_leaves_nothing(tmp_path, encoder, monkeypatch):
+def test_what_breaks_off_leaves_nothing(tmp_path, encoder):
     encoder[1].bias.data[2] = float("nan")
     for limit_mb in (0, 1):
         with pytest.raises(UserError, match="not finite"):

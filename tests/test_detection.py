@@ -12,7 +12,7 @@ from torch import nn
 
 from boxed import IDS, loader, random_predictions, random_truth, rectangles, same, write_coco
 from conftest import close
-from runs import Killed, as_second_rank, checkpoint_of, counted
+from runs import as_second_rank, checkpoint_of, counted, killed_before
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
@@ -24,7 +24,6 @@ from sslzoo.downstream.detection import Detection, first_batches, predict, score
 from sslzoo.downstream.detectors import build
 from sslzoo.downstream.precise_bn import estimate_batchnorm
 from sslzoo.errors import UserError
-from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.tasks import detect
@@ -171,20 +170,11 @@ def test_batchnorm_is_tested_with_the_statistics_of_the_first_training_images(fi
     close(weights["encoder.net.bn1.running_var"].double(), entered.var((0, 2, 3), correction=0), rtol=1e-5)
 
 
-def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished):
+def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, root, finished):
     unbroken, summary = finished
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == 5:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run(command(root, f"run_dir={run_dir}", "task.score=0.0", "checkpoint.steps=4"))
+    with killed_before(5):
+        run(command(root, f"run_dir={run_dir}", "task.score=0.0", "checkpoint.steps=4"))
     resumed = run([f"resume={run_dir}"])
     one, other = (checkpoint_of(path)["state_dict"] for path in (unbroken, run_dir))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import Tiny
 from ranks import assert_same, random_batches, train_alone, train_on_ranks
-from runs import Killed, checkpoint_of
+from runs import checkpoint_of, killed_before
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
@@ -20,7 +20,6 @@ from sslzoo.checkpoints.classifier import Tuned, load_classifier, load_tuned, sa
 from sslzoo.data.photos import PHOTOS
 from sslzoo.downstream.distill import Distill, kd_loss, soft_loss
 from sslzoo.errors import UserError
-from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 
 SMALL = [
@@ -189,20 +188,11 @@ def test_a_run_leaves_a_student_of_its_own_size_and_both_scores(finished, teache
     assert torch.equal(state["classifier.weight"], student.classifier.weight)
 
 
-def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, finished, teacher):
+def test_killed_and_resumed_equals_unbroken(tmp_path, finished, teacher):
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == 7:
-            raise Killed
-        original(self, trainer, *rest)
-
     arguments = [*SMALL, *CRD, f"task.teacher={teacher}", "data.label_fraction=0.25", "checkpoint.steps=3"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run([*arguments, f"run_dir={run_dir}"])
+    with killed_before(7):
+        run([*arguments, f"run_dir={run_dir}"])
     run([f"resume={run_dir}"])
     one, other = checkpoint_of(finished[0]), checkpoint_of(run_dir)
     assert one["global_step"] == other["global_step"] == 10

@@ -12,7 +12,7 @@ from torch import nn
 
 from conftest import Tiny, on_ranks
 from ranks import assert_same, random_batches, train_alone, train_on_ranks
-from runs import Flaky, Killed, checkpoint_of, image_set, images, trainer
+from runs import Flaky, Killed, checkpoint_of, image_set, images, killed_before, trainer
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder, LabEncoder
 from sslzoo.blocks.norm import sync_batchnorm
@@ -319,23 +319,15 @@ def unbroken(tmp_path_factory, backbone):
 @pytest.mark.parametrize(("killed_after", "checkpoint_every"), [(3, 2), (5, 100), (8, 4), (10, 100)])
 def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, backbone, killed_after, checkpoint_every):
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == killed_after:
-            raise Killed
-        original(self, trainer, *rest)
 
     def die_at_the_end(*_, **__):
         raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
+    arguments = [*SMALL, *OPTIONS, f"backbone={backbone}", f"checkpoint.steps={checkpoint_every}"]
+    with monkeypatch.context() as patch, killed_before(killed_after):
         if killed_after == 10:  # after the last checkpoint, before the summary
             patch.setattr("sslzoo.tasks.finetune.save_backbone", die_at_the_end)
-        arguments = [*SMALL, *OPTIONS, f"backbone={backbone}", f"checkpoint.steps={checkpoint_every}"]
-        with pytest.raises(Killed):
-            run([*arguments, f"run_dir={run_dir}"])
+        run([*arguments, f"run_dir={run_dir}"])
     assert not (run_dir / "summary.json").exists()
     run([f"resume={run_dir}"])
     one, other = checkpoint_of(unbroken), checkpoint_of(run_dir)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from boxed import rectangles, write_coco
 from conftest import Tiny, close, on_ranks
-from runs import Killed, checkpoint_of, image_set, images
+from runs import checkpoint_of, image_set, images, killed_before
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
@@ -26,7 +26,6 @@ from sslzoo.dist import all_mean, mine
 from sslzoo.errors import UserError
 from sslzoo.joint import Joint
 from sslzoo.method import Batch, Method
-from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.selftrain import LossBalance, Student
 from sslzoo.tasks.detect import build_detector
@@ -282,19 +281,10 @@ def build(run_dir) -> nn.Module:
     return build_detector(config, Encoder(**plain(config.encoder)), 2).backbone
 
 
-def broken(run_dir, words: list[str], step: int, monkeypatch) -> dict:
+def broken(run_dir, words: list[str], step: int) -> dict:
     """A run that was killed at ``step`` and resumed."""
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == step:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run([*words, f"run_dir={run_dir}", "checkpoint.steps=1"])
+    with killed_before(step):
+        run([*words, f"run_dir={run_dir}", "checkpoint.steps=1"])
     return run([f"resume={run_dir}"])
 
 
@@ -310,7 +300,7 @@ def assert_same(one, other, summaries) -> None:
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, step):
     run_dir, summary = finished
-    resumed = broken(tmp_path / "broken", command(root, *JOINT), step, monkeypatch)
+    resumed = broken(tmp_path / "broken", command(root, *JOINT), step)
     assert_same(run_dir, tmp_path / "broken", (summary, resumed))
 
 
@@ -318,7 +308,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, 
 def test_a_student_killed_and_resumed_equals_an_unbroken_one_and_can_label(tmp_path, monkeypatch, root):
     words = command(root, *JOINT, f"task.pseudo={root / 'labels.json'}")
     summary = run([*words, f"run_dir={tmp_path / 'whole'}"])
-    resumed = broken(tmp_path / "broken", words, 4, monkeypatch)
+    resumed = broken(tmp_path / "broken", words, 4)
     assert_same(tmp_path / "whole", tmp_path / "broken", (summary, resumed))
     assert (summary["images_seen"], summary["joint"]["images_seen"]) == (48, 48)
     weights = checkpoint_of(tmp_path / "whole")["state_dict"]

@@ -10,7 +10,7 @@ import torch
 
 from conftest import on_ranks
 from pointed import faces, write_corners, write_faces
-from runs import Killed, as_second_rank, checkpoint_of, counted
+from runs import as_second_rank, checkpoint_of, counted, killed_before
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.config import composed
@@ -20,7 +20,6 @@ from sslzoo.data.points import clean_view, in_picture
 from sslzoo.dist import all_mean
 from sslzoo.downstream.keypoints import HeatMaps, Keypoints, Regression, build, gaussians, highest, predict
 from sslzoo.errors import UserError
-from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.tasks import keypoints
@@ -236,20 +235,11 @@ def test_a_run_leaves_its_scores_curves_and_pictures(finished):
     assert [row["loss"] for row in rows if "loss" in row][-1] == summary["loss"]
 
 
-def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished):
+def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, root, finished):
     unbroken, summary = finished
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == 5:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run(command(root, f"run_dir={run_dir}", "checkpoint.steps=4"))
+    with killed_before(5):
+        run(command(root, f"run_dir={run_dir}", "checkpoint.steps=4"))
     resumed = run([f"resume={run_dir}"])
     one, other = (checkpoint_of(path)["state_dict"] for path in (unbroken, run_dir))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

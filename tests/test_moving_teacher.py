@@ -9,7 +9,8 @@ from torch import nn
 
 from boxed import rectangles, same, write_coco
 from conftest import on_ranks
-from runs import Killed, checkpoint_of
+from runs import checkpoint_of, killed_before
+from selftraining import taught_steps
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.blocks.norm import sync_batchnorm
@@ -18,12 +19,10 @@ from sslzoo.data.box_views import STRENGTHS, augmented, mirrored, twins
 from sslzoo.data.boxes import load_boxes
 from sslzoo.data.mixed import MixedBatch
 from sslzoo.data.pseudo_labels import PseudoLabels
-from sslzoo.dist import all_mean
 from sslzoo.downstream.detection import Detection
 from sslzoo.downstream.detectors import build, losses_of
 from sslzoo.downstream.taught import TaughtDetection
 from sslzoo.errors import UserError
-from sslzoo.monitor import Metrics
 from sslzoo.moving_teacher import Moving, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
@@ -302,11 +301,8 @@ def test_twins_are_a_function_of_seed_epoch_and_row_alone_and_need_no_boxes(sets
 # Ranks
 
 
-def taught_steps(module: TaughtStudent, batches: list[MixedBatch]) -> dict[str, torch.Tensor]:
-    """Steps as the trainer takes them, gradients averaged over ranks; the first is the burn-in.
-
-    Nothing is found in images whose first pixel is black.
-    """
+def sighted_steps(module: TaughtStudent, batches: list[MixedBatch]) -> dict[str, torch.Tensor]:
+    """Steps, the first of them the burn-in, in which nothing is found in images whose first pixel is black."""
     find = module.teacher.average.forward
 
     def forward(images):
@@ -314,17 +310,7 @@ def taught_steps(module: TaughtStudent, batches: list[MixedBatch]) -> dict[str, 
         return [each if image[:, 0, 0].any() else NOTHING for image, each in zip(images, found, strict=True)]
 
     module.teacher.average.forward = forward
-    learned = [p for p in module.learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learned, lr=0.01)
-    for step, batch in enumerate(batches):
-        module.step = step
-        optimizer.zero_grad()
-        module.loss(batch).backward()
-        for p in learned:
-            p.grad = None if p.grad is None else all_mean(p.grad)
-        optimizer.step()
-        module.after_step()
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return taught_steps(module, batches, lr=0.01)
 
 
 def half(batch: MixedBatch, rank: int) -> MixedBatch:
@@ -339,14 +325,14 @@ def one_stage() -> TaughtStudent:
 
 def taught_on_rank(rank: int, batches: list[MixedBatch]) -> list[dict[str, torch.Tensor]]:
     two_stages = sync_batchnorm(student("faster_rcnn_c4", decay=0.5, burn_in=0.1))
-    return [taught_steps(module, [half(batch, rank) for batch in batches]) for module in (one_stage(), two_stages)]
+    return [sighted_steps(module, [half(batch, rank) for batch in batches]) for module in (one_stage(), two_stages)]
 
 
 def test_two_ranks_equal_one_though_one_of_them_finds_nothing():
     batches = [batch_of(4, seed) for seed in range(4)]
     for step, row in ((1, 1), (2, 2), (2, 3)):  # in step 2 nothing is left to the second rank
         batches[step].pseudo.targets[row]["clean"][:, 0, 0] = 0
-    alone, start = taught_steps(one_stage(), batches), one_stage().state_dict()
+    alone, start = sighted_steps(one_stage(), batches), one_stage().state_dict()
     ranks = on_ranks(2, taught_on_rank, batches)
     for one, other in zip(*ranks, strict=True):  # of either kind of detector; BatchNorm of a second stage as well
         for name, value in one.items():
@@ -384,20 +370,11 @@ TEACHER = "task.teacher={decay: 0.5, burn_in: 0.4, threshold: 0.0}"
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_resumed_equals_an_unbroken_one_and_tells_of_its_teacher(tmp_path, monkeypatch, root, labels):
+def test_a_run_killed_and_resumed_equals_an_unbroken_one_and_tells_of_its_teacher(tmp_path, root, labels):
     words = [*command(root, labels, TEACHER), "checkpoint.steps=1"]
     summary = run([*words, f"run_dir={tmp_path / 'whole'}"])
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == 5:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run([*words, f"run_dir={tmp_path / 'broken'}"])
+    with killed_before(5):
+        run([*words, f"run_dir={tmp_path / 'broken'}"])
     resumed = run([f"resume={tmp_path / 'broken'}"])
     one, other = (checkpoint_of(tmp_path / name)["state_dict"] for name in ("whole", "broken"))
     assert one.keys() == other.keys()

@@ -9,10 +9,9 @@ import time
 import pytest
 import torch
 
-from runs import Killed, assert_same_run, checkpoint_of
+from runs import assert_same_run, checkpoint_of, killed_before
 from sslzoo.__main__ import main, run
 from sslzoo.method import Method
-from sslzoo.monitor import Metrics
 from sslzoo.report.csv_log import read_rows
 
 SMALL = [
@@ -44,19 +43,10 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("killed_after", "checkpoint_every"), [(2, 100), (3, 2), (5, 100), (5, 5), (6, 100), (9, 4), (14, 7)]
 )
-def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, killed_after, checkpoint_every):
+def test_killed_and_resumed_equals_unbroken(tmp_path, unbroken, killed_after, checkpoint_every):
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == killed_after:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run([*SMALL, f"run_dir={run_dir}", f"checkpoint.steps={checkpoint_every}"])
+    with killed_before(killed_after):
+        run([*SMALL, f"run_dir={run_dir}", f"checkpoint.steps={checkpoint_every}"])
     assert not (run_dir / "summary.json").exists()
     run([f"resume={run_dir}"])
     assert_same_run(unbroken, run_dir, STEPS)
@@ -65,18 +55,9 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, unbroken, kil
 def test_a_run_of_so_many_steps_killed_after_an_epoch_goes_on_in_the_next(tmp_path, monkeypatch):
     words = [*SMALL, "trainer.max_epochs=-1", "trainer.max_steps=13", "monitor.every_epochs=2"]
     run([*words, f"run_dir={tmp_path / 'unbroken'}"])
-    original, forward = Metrics.on_train_batch_start, Method.training_step
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == 5:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run([*words, f"run_dir={tmp_path / 'broken'}"])
-    steps = []
+    with killed_before(5):
+        run([*words, f"run_dir={tmp_path / 'broken'}"])
+    forward, steps = Method.training_step, []
 
     def step(self, batch, batch_idx):
         steps.append((self.trainer.current_epoch, batch_idx))
@@ -89,21 +70,11 @@ def test_a_run_of_so_many_steps_killed_after_an_epoch_goes_on_in_the_next(tmp_pa
 
 
 @pytest.mark.parametrize("deaths", [(4, 7), (2, 6), (4, 6, 9, 11), (7, 8), (1, 13)])
-def test_killed_several_times_equals_unbroken(tmp_path, monkeypatch, unbroken, deaths):
+def test_killed_several_times_equals_unbroken(tmp_path, unbroken, deaths):
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
     for life, death in enumerate(deaths):
-
-        def die(self, trainer, *rest, death=death):
-            if trainer.global_step == death:
-                raise Killed
-            original(self, trainer, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Metrics, "on_train_batch_start", die)
-            with pytest.raises(Killed):
-                run([f"resume={run_dir}"] if life else [*SMALL, f"run_dir={run_dir}", "checkpoint.steps=3"])
+        with killed_before(death):
+            run([f"resume={run_dir}"] if life else [*SMALL, f"run_dir={run_dir}", "checkpoint.steps=3"])
     run([f"resume={run_dir}"])
     assert_same_run(unbroken, run_dir, STEPS)
 

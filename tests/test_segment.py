@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from boxed import rectangles, write_coco
-from runs import Killed, checkpoint_of
+from runs import checkpoint_of, killed_before
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints import save_backbone
@@ -19,7 +19,6 @@ from sslzoo.data.boxes import load_boxes
 from sslzoo.data.cityscapes import CLASSES
 from sslzoo.downstream.segmentation import SCALES, score
 from sslzoo.downstream.segmenters import MODELS
-from sslzoo.monitor import Metrics
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
 from sslzoo.tasks.segment import BUILT, build_segmenter
@@ -68,20 +67,11 @@ def test_a_run_leaves_its_scores_curves_pictures_and_class_maps(finished, root):
     assert {name: summary[name] for name in scores} == scores
 
 
-def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished):
+def test_a_run_killed_and_resumed_equals_an_unbroken_one(tmp_path, root, finished):
     unbroken, summary = finished
     run_dir = tmp_path / "broken"
-    original = Metrics.on_train_batch_start
-
-    def die(self, trainer, *rest):
-        if trainer.global_step == 4:
-            raise Killed
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", die)
-        with pytest.raises(Killed):
-            run(command(root, f"run_dir={run_dir}", "task.model=fpn", "task.save_maps=true", "checkpoint.steps=3"))
+    with killed_before(4):
+        run(command(root, f"run_dir={run_dir}", "task.model=fpn", "task.save_maps=true", "checkpoint.steps=3"))
     resumed = run([f"resume={run_dir}"])
     one, other = (checkpoint_of(path)["state_dict"] for path in (unbroken, run_dir))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -109,8 +109,8 @@ def test_no_left_out_image_teaches_and_no_labelled_one_is_labelled_again(finishe
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "step"), [("teacher", 5), ("student", 3)])
-def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
-    assert_resumes(command(root), finished, tmp_path / "broken", part, step, monkeypatch, "map")
+def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, root, finished, part, step):
+    assert_resumes(command(root), finished, tmp_path / "broken", part, step, "map")
 
 
 @pytest.mark.slow

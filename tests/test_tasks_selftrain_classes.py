@@ -105,8 +105,8 @@ def test_a_students_batches_are_half_human_and_half_pseudo(finished, root, soft)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "step"), [("teacher", 5), ("student", 3)])
-def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
-    assert_resumes(command(root), finished, tmp_path / "broken", part, step, monkeypatch, "top1")
+def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, root, finished, part, step):
+    assert_resumes(command(root), finished, tmp_path / "broken", part, step, "top1")
 
 
 def test_a_teacher_that_is_never_sure_gets_one_clear_line(tmp_path, root, capsys):

@@ -60,8 +60,8 @@ def test_the_teachers_maps_are_of_the_other_images_and_say_255_where_it_is_unsur
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "step"), [("teacher", 2), ("student", 3)])
-def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, monkeypatch, root, finished, part, step):
-    assert_resumes(command(root), finished, tmp_path / "broken", part, step, monkeypatch, "miou")
+def test_a_run_killed_in_any_part_and_resumed_equals_an_unbroken_one(tmp_path, root, finished, part, step):
+    assert_resumes(command(root), finished, tmp_path / "broken", part, step, "miou")
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from boxed import rectangles, write_coco
 from conftest import on_ranks
-from runs import Killed, archive, checkpoint_of, dies_in
-from selftraining import summary_of
+from runs import archive, checkpoint_of, killed_before
+from selftraining import summary_of, taught_steps
 from sslzoo.__main__ import main, run
 from sslzoo.blocks import Encoder
 from sslzoo.checkpoints.classifier import load_tuned
@@ -21,7 +21,6 @@ from sslzoo.data.boxes import load_boxes
 from sslzoo.data.map_module import map_twin_example
 from sslzoo.data.mixed import MixedBatch
 from sslzoo.data.pseudo_maps import PseudoMaps
-from sslzoo.dist import all_mean
 from sslzoo.downstream import segmenters
 from sslzoo.downstream.detection import Detection, unit_range
 from sslzoo.downstream.detectors import build
@@ -29,7 +28,6 @@ from sslzoo.downstream.finetune import Finetune
 from sslzoo.downstream.segmentation import Segmentation
 from sslzoo.downstream.taught import TaughtDetection, TaughtFinetune, TaughtSegmentation
 from sslzoo.method import Batch
-from sslzoo.monitor import Metrics
 from sslzoo.moving_teacher import Moving, TaughtStudent
 from sslzoo.optim import Optim
 from sslzoo.report.csv_log import read_rows
@@ -54,17 +52,22 @@ def masker(model: str) -> TaughtDetection:
     return TaughtDetection(Detection(net, OPTIM), LossBalance(), Moving(**{**ALWAYS, "threshold": 0.5}))
 
 
+def of_ten_steps(module: TaughtStudent) -> TaughtStudent:
+    module.steps = 10
+    return module
+
+
 def segmenter(**moving) -> TaughtSegmentation:
     torch.manual_seed(0)
     net = segmenters.build("fpn", stages(), 3, [0.5] * 3, [0.25] * 3, channels=8, norm="group")
-    return TaughtSegmentation(Segmentation(net, OPTIM), LossBalance(), Moving(**{**ALWAYS, **moving}))
+    return of_ten_steps(TaughtSegmentation(Segmentation(net, OPTIM), LossBalance(), Moving(**{**ALWAYS, **moving})))
 
 
 def classifier(soft: bool = True, **moving) -> TaughtFinetune:
     torch.manual_seed(0)
     learner = Finetune(stages(), 3, OPTIM)
     nn.init.normal_(learner.classifier.weight, std=0.3)  # at its start it prefers no class
-    return TaughtFinetune(learner, LossBalance(), Moving(**{**ALWAYS, **moving}), soft)
+    return of_ten_steps(TaughtFinetune(learner, LossBalance(), Moving(**{**ALWAYS, **moving}), soft))
 
 
 def noise(images: int, seed: int, size: int = 64) -> Tensor:
@@ -264,22 +267,6 @@ def test_a_moving_teacher_is_as_sure_as_labels_must_be_unless_it_is_said():
 STUDENTS = {"pixels": (segmenter, pixels, 0.4), "images": (classifier, classified, 0.6)}  # sure of some of them
 
 
-def taught_steps(module: TaughtStudent, batches: list[MixedBatch]) -> dict[str, Tensor]:
-    """Steps as the trainer takes them, gradients averaged over ranks; the first is the burn-in."""
-    learned = [p for p in module.learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learned, lr=0.1)
-    module.steps = 10
-    for step, batch in enumerate(batches):
-        module.step = step
-        optimizer.zero_grad()
-        module.loss(batch).backward()
-        for p in learned:
-            p.grad = None if p.grad is None else all_mean(p.grad)
-        optimizer.step()
-        module.after_step()
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
 def rows_of(part, rows: slice):
     """Some images of a batch, with all that belongs to them."""
     if isinstance(part, Batch):
@@ -344,14 +331,12 @@ def selftraining(what: str, root, noisy) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "named"), [("masks", "boxes"), ("pixels", "pixels"), ("images", "images")])
 def test_self_training_by_a_moving_teacher_is_resumed_to_the_bit_and_needs_no_sure_fixed_one(
-    tmp_path, monkeypatch, root, noisy, what, named
+    tmp_path, root, noisy, what, named
 ):
     words = selftraining(what, root, noisy)
     summary = run([*words, f"run_dir={tmp_path / 'whole'}"])
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_train_batch_start", dies_in(tmp_path / "broken" / "student", 3))
-        with pytest.raises(Killed):
-            run([*words, f"run_dir={tmp_path / 'broken'}"])
+    with killed_before(3, tmp_path / "broken" / "student"):
+        run([*words, f"run_dir={tmp_path / 'broken'}"])
     resumed = run([f"resume={tmp_path / 'broken'}"])
     states = [checkpoint_of(tmp_path / name / "student")["state_dict"] for name in ("whole", "broken")]
     assert states[0].keys() == states[1].keys()
@@ -377,7 +362,7 @@ def test_self_training_by_a_moving_teacher_is_resumed_to_the_bit_and_needs_no_su
     assert pseudo[{"boxes": "boxes", "pixels": "labelled_pixels", "images": "share"}[named]] > 0
 
 
-def test_the_moving_teachers_labels_are_those_of_its_own_weights(tmp_path, root, noisy, monkeypatch):
+def test_the_moving_teachers_labels_are_those_of_its_own_weights(tmp_path, root, noisy):
     words = [word for word in selftraining("images", root, noisy) if not word.startswith(("steps", "teacher"))]
     run([*words, "steps=4", "teacher={decay: 0.9, burn_in: 0.25, threshold: 0.2}", f"run_dir={tmp_path / 'run'}"])
     state = checkpoint_of(tmp_path / "run" / "student")["state_dict"]
